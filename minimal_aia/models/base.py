@@ -1,0 +1,185 @@
+"""What every model adapter offers: samples in, padded batch with spans out, one forward pass.
+
+An adapter hides three things that differ from family to family: how a sample becomes tokens, where the query and
+key spans lie, and how the teacher-forced pass is composed. Everything else in the library (profiles, training,
+evaluation) sees only a `Batch` and the methods below.
+
+Spans (paper, section 3.1):
+
+=============  =====================================  ==========================================
+task           queries                                keys
+=============  =====================================  ==========================================
+generation     the image tokens' own positions        the prompt's text tokens, nothing else
+understanding  the answers' text tokens (all turns)   the image placeholder tokens (all images)
+=============  =====================================  ==========================================
+
+Templates, role names, begin/end markers and padding belong to no span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from minimal_aia.data import Sample
+
+TASKS = ("generation", "understanding")
+
+
+class AdapterError(ValueError):
+    """A model cannot be loaded or used as asked; the message says what is wrong and what to do."""
+
+
+@dataclass
+class Batch:
+    """A padded, teacher-forced batch.
+
+    inputs: what `Adapter.forward` needs (token ids, pixels, ...), tensors only.
+    query_mask, key_mask: bool [B, S]; True on the span, never on padding.
+    attention_mask: [B, S]; 1 on real tokens, 0 on padding.
+    ids: the samples' ids, in row order.
+    task: "generation" or "understanding".
+    """
+
+    inputs: dict[str, Tensor]
+    query_mask: Tensor
+    key_mask: Tensor
+    attention_mask: Tensor
+    ids: list[str]
+    task: str = ""
+    # One dict a row for things a forward pass cannot take as tensors (a diffusion prompt, a picture's size).
+    extra: list[dict[str, Any]] = field(default_factory=list)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch on `device`; floating-point inputs also become `dtype` when given."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if dtype and tensor.is_floating_point() else None)
+
+        return replace(
+            self,
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            query_mask=self.query_mask.to(device),
+            key_mask=self.key_mask.to(device),
+            attention_mask=self.attention_mask.to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Adapter:
+    """Base class of all adapters: a name, a model, and how samples pass through it.
+
+    Subclasses set `family` and `tasks` and write `collate`, `forward` and `layers`.
+    """
+
+    family: str = ""
+    tasks: tuple[str, ...] = ()
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name = name
+        self.model = model
+        self._lengths: dict[tuple[str, str], int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the weights (the first floating one: 4-bit weights are stored as integers)."""
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floating, torch.float32)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
+        """Move (and cast) the model; None leaves as it is. Returns the adapter itself."""
+        if device is not None:
+            self.model.to(device)
+        if dtype is not None:
+            self.model.to(dtype)
+        return self
+
+    def why_not(self, sample: Sample, task: str) -> str | None:
+        """The reason this model cannot use `sample` for `task`; None if it can."""
+        if task not in self.tasks:
+            return f"{self.family} does not do {task} (only {', '.join(self.tasks)})"
+        if task == "understanding" and not sample.images:
+            return "no image to ask about"
+        if task == "understanding" and not any(answer.strip() for _, answer in sample.turns):
+            return "no answer text, so there would be no query token"
+        if task == "generation" and not sample.turns[0][0].strip():
+            return "empty prompt, so there would be no key token"
+        return None
+
+    def length(self, sample: Sample, task: str) -> int:
+        """Tokens of the sample once batched, to group samples of like length. Remembered by sample id."""
+        key = (sample.id, task)
+        if key not in self._lengths:
+            self._lengths[key] = int(self.collate([sample], task).attention_mask.sum())
+        return self._lengths[key]
+
+    def collate(self, samples: Sequence[Sample], task: str) -> Batch:
+        """A padded `Batch` on the model's device, spans marked. Raises AdapterError if a sample cannot be used."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Any:
+        """One teacher-forced forward pass of the language model over `batch`."""
+        raise NotImplementedError
+
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order; row l of an intensity tensor belongs to `layers()[l]`."""
+        raise NotImplementedError
+
+    def capture(self, batch: Batch) -> AbstractContextManager[Any]:
+        """`with adapter.capture(batch) as record: adapter.forward(batch)`; then `record.per_head` is [L, B, H].
+
+        The default is `minimal_aia.capture.capture` on the whole model. Models whose attention does not pass
+        through transformers (diffusers, remote code) return their own record with the same fields.
+        """
+        from minimal_aia.capture import capture
+
+        return capture(self.model, batch.query_mask, batch.key_mask, attention_mask=batch.attention_mask)
+
+    def check(self, samples: Sequence[Sample], task: str) -> None:
+        """Raise one AdapterError that lists every sample this model cannot use; call it first in `collate`."""
+        if task not in TASKS:
+            raise AdapterError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+        reasons = [f"{s.id}: {reason}" for s in samples if (reason := self.why_not(s, task))]
+        if reasons:
+            raise AdapterError(f"{self.name} cannot use these samples for {task}:\n  " + "\n  ".join(reasons))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """Stack lists of numbers as [B, S], filled with `value` on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def find_layers(model: nn.Module, n_layers: int | None = None) -> list[nn.Module]:
+    """The decoder layers of a language model: the longest ModuleList of blocks with a `self_attn`.
+
+    n_layers: the expected count (from the config); a different one is an AdapterError.
+    """
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(hasattr(m, "self_attn") for m in module)
+    ]
+    if not lists:
+        raise AdapterError(f"{type(model).__name__} has no list of decoder layers with a `self_attn`")
+    layers = max(lists, key=len)
+    if n_layers is not None and len(layers) != n_layers:
+        raise AdapterError(f"{type(model).__name__}: the config says {n_layers} layers, found {len(layers)}")
+    return layers
+
+
+def only_known(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors among `inputs` whose name is in `names`, in that order."""
+    return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
