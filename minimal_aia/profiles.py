@@ -55,6 +55,7 @@ def profile(
     batch_size: int = 16,
     out: str | Path | None = None,
     progress: bool = True,
+    seed: int = 0,
 ) -> IntensityProfile:
     """Measure the cross-modal intensity of `adapter`'s model on `samples`.
 
@@ -68,6 +69,7 @@ def profile(
         out: a .csv or .parquet file to write. While it runs, finished batches lie in `<out>.part-*.jsonl`:
             the same call after a kill goes on from there and gives the identical table.
         progress: show a progress bar (on the first process only).
+        seed: of models that draw noise (diffusion); each batch gets its own, so resuming changes nothing.
 
     Under an initialised `torch.distributed` group the batches are split over the processes; every process
     returns the whole profile, the first one writes. Raises ValueError for a task the model does not do, no
@@ -84,7 +86,8 @@ def profile(
 
     parts, key = PartFile(out, rank), ""
     if out is not None:
-        key = fingerprint(adapter.model, _facts(adapter, plan, task), [p for s in usable for p in s.images])
+        images = [path for sample in usable for path in sample.images]
+        key = fingerprint(adapter.model, _facts(adapter, plan, task, seed), images)
     done = parts.read(key)
     _barrier()  # every process has read before any writes
     parts.start(key)
@@ -96,7 +99,8 @@ def profile(
         for number in range(rank, len(plan), world):
             record = done.get(number)
             if record is None:
-                record = {"batch": number, **_measure(adapter, plan[number], task)}
+                with _seeded(adapter.model, seed, number):
+                    record = {"batch": number, **_measure(adapter, plan[number], task)}
                 parts.append(record)
             mine[number] = record
             bar.update(len(plan[number]))
@@ -143,11 +147,12 @@ def _plan(adapter: Adapter, samples: list[Sample], task: str, batch_size: int) -
     return [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
 
 
-def _facts(adapter: Adapter, plan: list[list[Sample]], task: str) -> dict[str, Any]:
+def _facts(adapter: Adapter, plan: list[list[Sample]], task: str, seed: int) -> dict[str, Any]:
     """What, beside weights and pixels, decides the numbers."""
     device = next((p.device.type for p in adapter.model.parameters()), "cpu")
     batches = [[(s.id, s.turns, [p.name for p in s.images], s.type) for s in batch] for batch in plan]
-    return {"model": adapter.name, "family": adapter.family, "task": task, "device": device, "plan": batches}
+    who = {"model": adapter.name, "family": adapter.family, "device": device}
+    return {**who, "task": task, "seed": seed, "plan": batches}
 
 
 def _measure(adapter: Adapter, samples: list[Sample], task: str) -> dict[str, Any]:
@@ -223,6 +228,15 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _seeded(model: torch.nn.Module, seed: int, batch: int) -> Iterator[None]:
+    """Random numbers of their own for each batch; the caller's random state is put back."""
+    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed * 1_000_003 + batch)
+        yield
 
 
 def _bar(show: bool, batches: list[list[Sample]], task: str, name: str) -> Any:
