@@ -9,7 +9,9 @@ so that `minimal-aia --help` is quick and the tensor part needs nothing but torc
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; kept equal to _WHERE by tests/test_packaging.py
@@ -76,3 +78,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `aia.capture` the function when someone imports the module `minimal_aia.capture`.
+
+    Python binds a freshly imported submodule to its name in the package, which would put the modules
+    capture and published in the place of the functions of the same name.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -55,8 +55,8 @@ class Stage:
     def __post_init__(self) -> None:
         for field in ("first_layer", "last_layer", "target", "delta"):
             value, whole = getattr(self, field), field.endswith("layer")
-            kind: type = Integral if whole else Real
-            if isinstance(value, bool) or not isinstance(value, kind):
+            right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+            if not right:
                 raise ValueError(f"stage {self}: {field} must be a {'whole ' * whole}number, not {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"stage {self}: {field} must be finite, not {value!r}")
