@@ -53,14 +53,14 @@ def bootstrap_means(samples: Array, n_boot: int, rng: np.random.Generator) -> Ar
 
 
 def block_indices(n_layers: int, block: int, n_boot: int, rng: np.random.Generator) -> Array:
-    """Moving-block bootstrap over layers -> indices [n_boot, L]. Neighbouring layers resemble each other, so
-    drawing single layers would count them as independent and give intervals that are too narrow. A block is
-    at
-    most half the layers: longer ones would leave hardly anything to draw."""
+    """Circular block bootstrap over layers -> indices [n_boot, L]. Neighbouring layers resemble each other,
+    so drawing single layers would count them as independent and give intervals that are too narrow. Blocks
+    run on from the last layer to the first: otherwise the outer layers would be drawn less often than the
+    rest. A block is at most half the layers: longer ones would leave hardly anything to draw."""
     block = max(1, min(block, n_layers // 2))
     n_blocks = -(-n_layers // block)
-    starts = rng.integers(0, n_layers - block + 1, size=(n_boot, n_blocks, 1))
-    return (starts + np.arange(block)).reshape(n_boot, -1)[:, :n_layers]
+    starts = rng.integers(0, n_layers, size=(n_boot, n_blocks, 1))
+    return ((starts + np.arange(block)) % n_layers).reshape(n_boot, -1)[:, :n_layers]
 
 
 def correlation(a: Array, b: Array, n_boot: int = 2000, block: int = 4, seed: int = 0) -> pd.DataFrame:
