@@ -1,4 +1,4 @@
-"""The models of the paper, one adapter a family: `load_adapter(name_or_path)` picks it from the folder's config.
+"""The paper's models, one adapter a family: `load_adapter(name_or_path)` picks it by the folder's config.
 
 Nothing here imports transformers or diffusers until a model is loaded.
 """

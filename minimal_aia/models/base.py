@@ -1,8 +1,8 @@
 """What every model adapter offers: samples in, padded batch with spans out, one forward pass.
 
-An adapter hides three things that differ from family to family: how a sample becomes tokens, where the query and
-key spans lie, and how the teacher-forced pass is composed. Everything else in the library (profiles, training,
-evaluation) sees only a `Batch` and the methods below.
+An adapter hides three things that differ from family to family: how a sample becomes tokens, where the
+query and key spans lie, and how the teacher-forced pass is composed. Everything else in the library
+(profiles, training, evaluation) sees only a `Batch` and the methods below.
 
 Spans (paper, section 3.1):
 
@@ -85,7 +85,7 @@ class Adapter:
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
-        self.model = model
+        self.model: Any = model
         self._lengths: dict[tuple[str, str], int] = {}
 
     @property
@@ -94,7 +94,7 @@ class Adapter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the weights (the first floating one: 4-bit weights are stored as integers)."""
+        """The weights' floating-point type (of the first floating one: 4-bit weights are integers)."""
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
@@ -126,7 +126,7 @@ class Adapter:
         return self._lengths[key]
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
-        """A padded `Batch` on the model's device, spans marked. Raises AdapterError if a sample cannot be used."""
+        """A padded `Batch` on the model's device, spans marked. AdapterError if a sample cannot be used."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Any:
@@ -138,7 +138,7 @@ class Adapter:
         raise NotImplementedError
 
     def capture(self, batch: Batch) -> AbstractContextManager[Any]:
-        """`with adapter.capture(batch) as record: adapter.forward(batch)`; then `record.per_head` is [L, B, H].
+        """`with adapter.capture(batch) as record: adapter.forward(batch)`; `record.per_head` is [L, B, H].
 
         The default is `minimal_aia.capture.capture` on the whole model. Models whose attention does not pass
         through transformers (diffusers, remote code) return their own record with the same fields.
@@ -148,7 +148,7 @@ class Adapter:
         return capture(self.model, batch.query_mask, batch.key_mask, attention_mask=batch.attention_mask)
 
     def check(self, samples: Sequence[Sample], task: str) -> None:
-        """Raise one AdapterError that lists every sample this model cannot use; call it first in `collate`."""
+        """One AdapterError that lists every sample this model cannot use; `collate` calls it first."""
         if task not in TASKS:
             raise AdapterError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
         reasons = [f"{s.id}: {reason}" for s in samples if (reason := self.why_not(s, task))]

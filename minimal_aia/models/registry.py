@@ -3,70 +3,168 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minimal_aia.models.base import Adapter, AdapterError
+from minimal_aia.models.base import TASKS, Adapter, AdapterError
+from minimal_aia.models.loading import ORIGINAL_LAYOUTS, read_config, require
 
-BOTH = ("generation", "understanding")
 GENERATION, UNDERSTANDING = ("generation",), ("understanding",)
 
 TINY = "tiny random model through `from_pretrained`, against eager attention"
-STAND_IN = "our stand-in module with the same attention entry point; the remote code itself was not run"
+STAND_IN = "our stand-in with the same attention entry point; the authors' code itself was not run"
 
 
 @dataclass(frozen=True)
 class Family:
     """One row of the support table.
 
-    adapter: "module:class" inside `minimal_aia.models`.
-    model_types: `model_type` in config.json (or `_class_name` in a diffusers model_index.json) that select it.
-    needs: packages beside torch.
+    adapter: "module:class" inside `minimal_aia.models`; the class has a `load(name, family, **options)`.
+    model_types: `model_type` in config.json (or `_class_name` in a diffusers model_index.json) that select
+    it.
+    model, processor: names of the library's classes.
+    package, extra: what it needs installed, and the optional extra of this project that brings it.
     """
 
     name: str
     systems: str
-    library: str
     tasks: tuple[str, ...]
     adapter: str
     model_types: tuple[str, ...]
-    needs: tuple[str, ...] = ("transformers",)
+    model: str = "AutoModelForImageTextToText"
+    processor: str = "AutoProcessor"
+    package: str = "transformers"
+    extra: str | None = None
     remote_code: bool = False
     tested: str = TINY
 
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family(
-            "janus",
-            "Janus, Janus-Pro 1B/7B",
-            "transformers `JanusForConditionalGeneration`",
-            BOTH,
-            "janus:JanusAdapter",
-            ("janus",),
-        ),
-        Family(
-            "emu3",
-            "Emu3 (Chat, Gen, Stage1)",
-            "transformers `Emu3ForConditionalGeneration`",
-            BOTH,
-            "emu3:Emu3Adapter",
-            ("emu3",),
-        ),
-    )
-}
+_ROWS = (
+    Family(
+        "janus",
+        "Janus, Janus-Pro 1B/7B",
+        TASKS,
+        "janus:JanusAdapter",
+        ("janus",),
+        "JanusForConditionalGeneration",
+        "JanusProcessor",
+    ),
+    Family(
+        "emu3",
+        "Emu3 (Chat, Gen, Stage1)",
+        TASKS,
+        "emu3:Emu3Adapter",
+        ("emu3",),
+        "Emu3ForConditionalGeneration",
+        "Emu3Processor",
+    ),
+    Family(
+        "chameleon",
+        "Chameleon",
+        UNDERSTANDING,
+        "chameleon:ChameleonAdapter",
+        ("chameleon",),
+        "ChameleonForConditionalGeneration",
+        "ChameleonProcessor",
+    ),
+    Family(
+        "qwen2.5-vl",
+        "Qwen2.5-VL",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        ("qwen2_5_vl",),
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLProcessor",
+    ),
+    Family(
+        "qwen3-vl",
+        "Qwen3-VL (dense)",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        ("qwen3_vl",),
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLProcessor",
+    ),
+    Family(
+        "qwen3-vl-moe",
+        "Qwen3-VL (mixture of experts)",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        ("qwen3_vl_moe",),
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLProcessor",
+    ),
+    Family(
+        "internvl",
+        "InternVL3",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        ("internvl",),
+        "InternVLForConditionalGeneration",
+        "InternVLProcessor",
+    ),
+    Family(
+        "llava-onevision",
+        "LLaVA-OneVision",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        ("llava_onevision",),
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaOnevisionProcessor",
+    ),
+    Family(
+        "deepseek-vl",
+        "DeepSeek-VL",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        ("deepseek_vl",),
+        "DeepseekVLForConditionalGeneration",
+        "DeepseekVLProcessor",
+    ),
+    Family(
+        "decoder",
+        "any decoder-only vision-language model, given its image token id",
+        UNDERSTANDING,
+        "chat:ChatAdapter",
+        (),
+    ),
+)
+FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 
 
 def support_table() -> str:
     """The supported systems as a Markdown table: family, library class, tasks, how tested."""
     lines = ["| family | systems | library class | tasks | tested how |", "|---|---|---|---|---|"]
     for f in FAMILIES.values():
-        tasks = "both" if f.tasks == BOTH else ", ".join(f.tasks)
-        lines.append(f"| `{f.name}` | {f.systems} | {f.library} | {tasks} | {f.tested} |")
+        tasks = "both" if set(f.tasks) == set(TASKS) else ", ".join(f.tasks)
+        lines.append(f"| `{f.name}` | {f.systems} | {f.package} `{f.model}` | {tasks} | {f.tested} |")
     return "\n".join(lines) + "\n"
+
+
+def find_family(name: str, model_type: str, family: str | None = None) -> Family:
+    """The row for a config's `model_type`, or for the family asked for; AdapterError if they do not fit."""
+    if family is not None and family not in FAMILIES:
+        raise AdapterError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+    fitting = [f for f in FAMILIES.values() if model_type in f.model_types]
+    if family is not None:
+        row = FAMILIES[family]
+        if row.model_types and row not in fitting:
+            found = f"family {fitting[0].name!r}" if fitting else "no family known here"
+            raise AdapterError(
+                f"{name}: its config says model type {model_type!r} ({found}), not family {family!r}"
+            )
+        return row
+    if fitting:
+        return fitting[0]
+    if model_type in ORIGINAL_LAYOUTS:
+        raise AdapterError(
+            f"{name}: model type {model_type!r} is the authors' layout; use {ORIGINAL_LAYOUTS[model_type]}"
+        )
+    raise AdapterError(
+        f"{name}: no adapter for model type {model_type!r}; a decoder-only vision-language model of "
+        "transformers works with family='decoder' and its image_token_id="
+    )
 
 
 def load_adapter(
@@ -82,32 +180,44 @@ def load_adapter(
 ) -> Adapter:
     """Load a model and return its adapter.
 
-    name_or_path: "lab/unified", "lab/janus", "lab/generation", "lab/understanding"; else a folder in Hugging Face
-        layout or a hub id.
+    name_or_path: "lab/unified", "lab/janus", "lab/generation", "lab/understanding"; else a folder in Hugging
+        Face layout or a hub id.
     family: a name from `FAMILIES`; by default read from the folder's config. "decoder" takes any decoder-only
-        vision-language model, given `image_token_id=`.
-    device, dtype: where and in what precision (default: CPU or the current GPU; the checkpoint's own dtype).
+        vision-language model of transformers, given `image_token_id=`.
+    device, dtype: where and in what precision (default: the GPU if there is one; the checkpoint's own dtype).
     device_map: passed to transformers, to spread a model over several devices (needs accelerate).
     load_in_4bit: quantise the weights while loading (needs bitsandbytes and a GPU).
     trust_remote_code: required, from you, for families whose code lives beside their weights.
     options: passed to the family's adapter (see its docstring).
 
-    Raises AdapterError, naming the remedy: no such folder, no weights in it, a family that does not fit, a missing
-    package, too little memory, remote code without consent.
+    Raises AdapterError, naming the remedy: no such folder, no weights in it, a family that does not fit, a
+    missing package, too little memory, remote code without consent.
     """
     name = str(name_or_path)
     if name.startswith("lab/"):
         lab = importlib.import_module("minimal_aia.models.lab")
         adapter: Adapter = lab.load_lab(name)
         return adapter.to(device, dtype)
-    raise AdapterError(f"{name}: no adapter yet")
+    model_type, _ = read_config(name)
+    row = find_family(name, model_type, family)
+    require(row.package, name, row.extra)
+    if row.remote_code and not trust_remote_code:
+        raise AdapterError(
+            f"{name}: the {row.name} family runs Python code that comes with its weights. Read that code, "
+            "then pass trust_remote_code=True if you trust it"
+        )
+    module, cls = row.adapter.split(":")
+    loader = getattr(importlib.import_module(f"minimal_aia.models.{module}"), cls).load
+    if isinstance(dtype, str):
+        import torch
 
-
-def read_config(name: str) -> tuple[str, dict[str, Any]]:
-    """The model type that selects a family, and the config; from a folder or the hub. AdapterError if neither."""
-    folder = Path(name)
-    for file, key in (("model_index.json", "_class_name"), ("config.json", "model_type")):
-        if (folder / file).is_file():
-            config = json.loads((folder / file).read_text())
-            return str(config.get(key, "")), config
-    raise AdapterError(f"{name}: no config")
+        dtype = getattr(torch, dtype)
+    return loader(
+        name,
+        row,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        **options,
+    )

@@ -1,0 +1,102 @@
+"""Janus and Janus-Pro, both tasks. Two vision paths meet in one language model.
+
+Understanding is the ordinary forward of the library class. Generation is not offered by it outside
+`generate`: the target picture becomes codes by the VQ encoder, the codes become embeddings by the
+generation embedding and its aligner, and those stand after the prompt in one pass of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minimal_aia.models.base import AdapterError, Batch
+from minimal_aia.models.chat import ChatAdapter
+from minimal_aia.models.text import Spans, fill, token_mask
+
+if TYPE_CHECKING:
+    from minimal_aia.data import Sample
+
+
+class JanusAdapter(ChatAdapter):
+    """Janus-1.3B, Janus-Pro-1B and -7B in Hugging Face layout (`JanusForConditionalGeneration`)."""
+
+    tasks = ("generation", "understanding")
+
+    def why_not(self, sample: Sample, task: str) -> str | None:
+        reason = super().why_not(sample, task)
+        if reason is None and task == "generation" and len(sample.images) != 1:
+            return "no target image; a teacher-forced pass needs one"
+        return reason
+
+    def render(self, sample: Sample, task: str) -> tuple[str, Spans]:
+        if task == "understanding":
+            return super().render(sample, task)
+
+        def template(texts: list[str]) -> str:
+            user = {"role": "user", "content": [{"type": "text", "text": texts[0]}]}
+            return str(self.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True))
+
+        text, spans = fill(template, [sample.turns[0][0]], self.name)
+        image = self.image_token * self.processor.num_image_tokens
+        return text + self.processor.image_start_token + image, spans
+
+    def collate(self, samples: Sequence[Sample], task: str) -> Batch:
+        if task != "generation":
+            return super().collate(samples, task)
+        self.check(samples, task)
+        texts, spans = zip(*(self.render(sample, task) for sample in samples))
+        tokens = self.tokenizer(
+            list(texts),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            return_offsets_mapping=True,
+        )
+        pictures = [picture for row in self.pictures(samples) for picture in row]
+        real = tokens["attention_mask"].bool()
+        return Batch(
+            inputs={
+                "input_ids": tokens["input_ids"],
+                "attention_mask": tokens["attention_mask"],
+                "pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"],
+            },
+            query_mask=self.image_mask(tokens["input_ids"], task) & real,
+            key_mask=token_mask(tokens["offset_mapping"], spans) & real,
+            attention_mask=tokens["attention_mask"],
+            ids=[sample.id for sample in samples],
+            task=task,
+        ).to(self.device, self.dtype)
+
+    def image_codes(self, pixel_values: Tensor) -> Tensor:
+        """The VQ codes of pictures. [B, 3, height, width] -> int [B, N]"""
+        with torch.no_grad():
+            encoded = self.model.model.vqmodel.encode(pixel_values)
+        return encoded.image_tokens.view(len(pixel_values), -1)
+
+    def generation_embeddings(self, batch: Batch, codes: Tensor) -> Tensor:
+        """The prompt's embeddings with those of the image codes [B, N] at the image positions. [B, S, D]"""
+        where = self.image_mask(batch.inputs["input_ids"], "generation")
+        if int(where.sum()) != codes.numel():
+            raise AdapterError(
+                f"{self.name}: its picture makes {codes.shape[1]} codes, its processor leaves room for "
+                f"{int(where[0].sum())}: processor and model do not belong together"
+            )
+        # The placeholder's id may lie outside a small embedding table: it is replaced anyway.
+        words = self.model.get_input_embeddings()(batch.inputs["input_ids"].masked_fill(where, 0))
+        image = self.model.prepare_embeddings_for_image_generation(codes).to(words.dtype)
+        return words.masked_scatter(where.unsqueeze(-1), image)
+
+    def forward(self, batch: Batch) -> Any:
+        if batch.task != "generation":
+            return super().forward(batch)
+        codes = self.image_codes(batch.inputs["pixel_values"])
+        return self.model(
+            inputs_embeds=self.generation_embeddings(batch, codes),
+            attention_mask=batch.inputs["attention_mask"],
+            use_cache=False,
+            logits_to_keep=1,
+        )

@@ -1,0 +1,221 @@
+"""Loading from Hugging Face layout, with one clear error for each thing that is usually missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from minimal_aia.models.base import AdapterError
+
+GIB = 2**30
+# `model_type` of checkpoints in their authors' own layout, and where the Hugging Face layout of the same
+# model is.
+ORIGINAL_LAYOUTS = {
+    "multi_modality": "deepseek-community/Janus-Pro-1B (or -7B), or convert it with `minimal-aia convert`",
+    "Emu3": "BAAI/Emu3-Chat-hf or BAAI/Emu3-Gen-hf",
+    "internvl_chat": "the checkpoints named InternVL3-*-hf",
+}
+
+
+def read_config(name: str) -> tuple[str, dict[str, Any]]:
+    """The type that selects a family, and the config: `_class_name` of model_index.json or `model_type`.
+
+    name: a folder, or a hub id "owner/model". AdapterError if it is neither, or has no config.
+    """
+    path = config_file(name)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "_class_name" if path.name == "model_index.json" else "model_type"
+    return str(config.get(key) or ""), config
+
+
+def config_file(name: str) -> Path:
+    """Where model_index.json or config.json of a folder or hub id lies (downloaded if need be)."""
+    names = ("model_index.json", "config.json")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        for file in names:
+            if (folder / file).is_file():
+                return folder / file
+        raise AdapterError(
+            f"{name}: the folder has neither model_index.json nor config.json; is it a checkpoint?"
+        )
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise AdapterError(f"{name}: no such folder (a hub model is written owner/model)")
+    require("huggingface_hub", name)
+    from huggingface_hub import hf_hub_download
+
+    reason: Exception | None = None
+    for file in names:
+        try:
+            return Path(hf_hub_download(name, file))
+        except Exception as error:  # the hub's many ways to say no: not found, gated, offline
+            reason = error
+    raise AdapterError(
+        f"{name}: no such folder here, and the hub gave no config ({type(reason).__name__}); "
+        "check the spelling, download the weights first, or log in if the model is gated"
+    ) from reason
+
+
+def require(package: str, name: str, extra: str | None = None) -> None:
+    """AdapterError with the install command when `package` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        what = f'"minimal-aia[{extra}]"' if extra else package
+        raise AdapterError(f"{name} needs the package {package}, which is not installed: pip install {what}")
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library, short enough to stand inside ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def display_name(name: str) -> str:
+    """What tables call a model: a folder's own name, or the whole hub id."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype | None, in_4bit: bool = False) -> int:
+    """Bytes the weights of a folder take once loaded, read from the safetensors headers alone.
+
+    AdapterError if the folder has no safetensors file, or only pickled weights.
+    """
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
+        hint = (
+            f"; {pickled[0]} is a pickle file, which can run code: convert it to safetensors first"
+            if pickled
+            else "; download the model's *.safetensors files into it"
+        )
+        raise AdapterError(f"{folder}: the folder holds no weights (*.safetensors){hint}")
+    total = 0.0
+    for file in files:
+        for entry in _safetensors_header(file).values():
+            begin, end = entry["data_offsets"]
+            stored = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(entry["dtype"])
+            wanted = 0.56 if in_4bit else (dtype.itemsize if dtype else stored)
+            total += (end - begin) * (wanted / stored if stored and wanted else 1)
+    return int(total)
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if not 0 < size <= file.stat().st_size:
+            raise AdapterError(f"{file}: not a complete safetensors file; download it again")
+        header: dict[str, Any] = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return header
+
+
+def free_bytes(device: torch.device | None) -> int:
+    """Free memory on `device`; None means everything: all GPUs and main memory."""
+    import psutil
+
+    gpus = range(torch.cuda.device_count())
+    if device is None:
+        return psutil.virtual_memory().available + sum(torch.cuda.mem_get_info(i)[0] for i in gpus)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def check_memory(
+    name: str, dtype: torch.dtype | None, device: torch.device | None, in_4bit: bool = False
+) -> None:
+    """AdapterError if a folder's weights are missing or do not fit; a hub id is not checked (its size is
+    unknown)."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    need, free = weight_bytes(folder, dtype, in_4bit), free_bytes(device)
+    if need > free:
+        where = device if device is not None else "all devices together"
+        raise AdapterError(
+            f"{name}: too little memory: the weights take {need / GIB:.1f} GiB and {free / GIB:.1f} GiB are "
+            f"free on {where}. Try dtype=torch.bfloat16, load_in_4bit=True, device_map='auto', or a smaller "
+            "model"
+        )
+
+
+def load_model(
+    name: str,
+    model_class: Any,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
+    **options: Any,
+) -> Any:
+    """`model_class.from_pretrained` in eval mode, after the checks of this file."""
+    if device is None:  # under torchrun every process takes its own GPU
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    check_memory(name, dtype, None if device_map else torch.device(device), load_in_4bit)
+    if load_in_4bit:
+        require("bitsandbytes", f"{name} with load_in_4bit=True")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.bfloat16
+        )
+        device_map = device_map or {"": device}
+    if device_map is not None:
+        require("accelerate", f"{name} with device_map")
+        options["device_map"] = device_map
+    try:
+        model, info = model_class.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{name}: its weights could not be read ({first_line(error)}); download them again"
+        ) from error
+    if missing := sorted(info["missing_keys"]):  # the library would go on with random numbers
+        raise AdapterError(
+            f"{name}: {len(missing)} of the model's weights are not in the folder, first {missing[0]}; "
+            "download it again, or it is another model than its config says"
+        )
+    if device_map is None:
+        model.to(device)
+    return model.eval()
+
+
+def images_only(processor_class: Any) -> Any:
+    """The processor class without its video part, which insists on torchvision; this project needs stills
+    only."""
+
+    class ImagesOnly(processor_class):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [part for part in super().get_attributes() if "video" not in part]
+
+    ImagesOnly.__name__ = ImagesOnly.__qualname__ = processor_class.__name__
+    return ImagesOnly
+
+
+def load_processor(name: str, processor_class: Any) -> Any:
+    """A processor of text and still images, with the PIL image processor (torchvision is never required)."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    cls = images_only(processor_class)
+    try:
+        settings, _ = cls.get_processor_dict(name)
+        parts = {
+            "image_processor": AutoImageProcessor.from_pretrained(name, backend="pil"),
+            "tokenizer": AutoTokenizer.from_pretrained(name),
+        }
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{name}: no usable tokenizer and image processor beside the weights ({first_line(error)})"
+        ) from error
+    settings.pop("video_processor", None)
+    return cls.from_args_and_dict([parts[part] for part in cls.get_attributes()], settings)
