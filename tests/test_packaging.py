@@ -1,0 +1,251 @@
+"""pyproject.toml, requirements.lock, environment.yml, Makefile and the public names say the same thing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import minimal_aia
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+LOCK = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in LINES}
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = [
+    Requirement(line)
+    for group in (PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *EXTRAS.values())
+    for line in group
+    if not line.startswith("minimal-aia")
+]
+NOT_WRITTEN = [
+    module
+    for override in PYPROJECT["tool"]["mypy"]["overrides"]
+    for module in override["module"]
+    if module.startswith("minimal_aia.")
+]
+# A CUDA build of torch brings these along; the lock is of the CPU build.
+CUDA = re.compile(r"nvidia-|cuda-|triton")
+
+
+# --- the lock -----------------------------------------------------------------------------------------------
+
+
+def test_lock_pins_every_line_exactly_and_names_no_index():
+    for line in LINES:
+        # A name and a release: no URL, no local version (+cpu), no option.
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), line
+    assert len(LOCK) == len(LINES), "a package is pinned twice"
+    assert sorted(LINES, key=str.casefold) == LINES
+    assert LOCK["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize("wanted", DIRECT, ids=str)
+def test_every_requirement_is_pinned_within_its_range(wanted):
+    assert wanted.specifier.contains(LOCK[canonicalize_name(wanted.name)])
+
+
+def test_lock_is_what_is_installed():
+    """Stored outputs and this test run come from the same versions (+cpu is the same release)."""
+    differ = {n: metadata.version(n) for n in LOCK if Version(metadata.version(n)).public != LOCK[n]}
+    assert not differ, f"installed differs from requirements.lock: {differ}"
+
+
+def _needs(name: str, extras: frozenset[str] = frozenset()) -> list[Requirement]:
+    """What an installed package requires here."""
+    wanted = [Requirement(line) for line in metadata.requires(name) or []]
+    return [
+        r
+        for r in wanted
+        if not CUDA.match(r.name)
+        and (r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in ("", *extras)))
+    ]
+
+
+def test_lock_is_complete_without_strays_and_consistent():
+    """Requirements followed from pyproject.toml down reach exactly the pinned packages, all in range."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    queue = [(r, "pyproject.toml") for r in DIRECT]
+    while queue:
+        wanted, by = queue.pop()
+        name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        assert name in LOCK, f"{by} needs {wanted}, which requirements.lock lacks"
+        fits = wanted.specifier.contains(LOCK[name], prereleases=True)
+        assert fits, f"{by} needs {wanted}, requirements.lock has {LOCK[name]}"
+        if (name, extras) not in seen:
+            seen.add((name, extras))
+            queue += [(r, name) for r in _needs(name, extras)]
+    assert {name for name, _ in seen} == set(LOCK)
+
+
+# --- conda, make, CI ----------------------------------------------------------------------------------------
+
+
+def test_conda_installs_the_same_lock_through_pip():
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert env["name"] == PROJECT["name"]
+    *plain, pip = env["dependencies"]
+    assert plain == ["python=3.11", "pip"]  # every other version comes from the lock
+    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert sys.version_info[:2] == (3, 11) or Version(sys.version.split()[0]) > Version("3.11")
+
+
+def make(*args: str) -> str:
+    """What make would run."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    # Under `make test`, make's own variables would reach this one.
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "ARGS", "PORT")
+    }
+    done = subprocess.run(["make", "-n", "-B", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_lab_opens_notebook_00_and_passes_port_and_args_through():
+    plan = make("lab", "PORT=8899", "ARGS=--no-browser")
+    assert "--port 8899" in plan
+    assert "--no-browser" in plan
+    assert "notebooks/00_start_here.ipynb" in plan
+    assert ("--allow-root" in plan) == (os.geteuid() == 0)
+    assert "--port 8888" in make("lab")
+
+
+def test_make_installs_torch_first_then_the_lock_then_the_package_alone():
+    plan = make("install")
+    steps = [
+        plan.index(step)
+        for step in ("grep '^torch==' requirements.lock", "-r requirements.lock", "--no-deps")
+    ]
+    assert steps == sorted(steps)
+
+
+def test_make_test_and_ci_run_everything():
+    plan = make("test")
+    for tool in ("ruff check", "ruff format --check", "mypy minimal_aia", "pytest -q -n 2"):
+        assert tool in plan
+    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["test"]["steps"][-1] == {"run": "bash .ci/run"}
+
+
+def test_wheel_holds_code_and_py_typed_only(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT / "minimal_aia", source / "minimal_aia", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for stray in ("tests", "data_samples", "notebooks"):
+        (source / stray).mkdir()
+        (source / stray / "stray.py").touch()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert "minimal_aia/py.typed" in names
+    assert "minimal_aia/lab/__init__.py" in names
+    assert all(re.fullmatch(r"minimal_aia/[\w/]+\.(py|typed)", name) for name in names)
+
+
+# --- the public names ---------------------------------------------------------------------------------------
+
+
+def test_version_is_told_once():
+    assert minimal_aia.__version__ == PROJECT["version"] == metadata.version("minimal-aia")
+    assert PROJECT["scripts"] == {"minimal-aia": "minimal_aia.cli:main"}
+
+
+def test_names_for_type_checkers_are_the_lazy_ones():
+    tree = ast.parse((ROOT / "minimal_aia/__init__.py").read_text())
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == minimal_aia._WHERE
+    assert set(minimal_aia.__all__) == set(minimal_aia._WHERE)
+    assert set(minimal_aia.__all__) <= set(dir(minimal_aia))
+
+
+@pytest.mark.parametrize("name", minimal_aia.__all__)
+def test_every_public_name_resolves_and_stays_itself(name):
+    module = f"minimal_aia.{minimal_aia._WHERE[name]}"
+    if module in NOT_WRITTEN and find_spec(module) is None:
+        with pytest.raises(ModuleNotFoundError, match=module):
+            getattr(minimal_aia, name)
+        pytest.xfail(f"{module} is not written yet")
+    assert module not in NOT_WRITTEN, f"{module} is here: take it out of pyproject.toml's mypy override"
+    held = getattr(import_module(module), name)
+    # Importing a module called like the name (capture, published) must not put the module in its place.
+    assert getattr(minimal_aia, name) is held
+    assert callable(held)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(minimal_aia, "no_such_name")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        minimal_aia.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import minimal_aia; dir(minimal_aia)", "torch transformers matplotlib pandas seaborn ipywidgets"),
+        ("import minimal_aia as aia; aia.intensity_from_attention", "transformers matplotlib pandas"),
+        ("import minimal_aia as aia; aia.StageTargets, aia.AIALoss", "transformers matplotlib pandas"),
+    ],
+)
+def test_importing_is_light(code, heavy):
+    code = f"{code}\nimport sys; print(sorted(set({heavy!r}.split()) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+def _imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_import_of_the_package_is_declared():
+    """A package that is here only because another one needs it may be gone tomorrow."""
+    groups = [PROJECT["dependencies"], EXTRAS["course"], EXTRAS["diffusers"]]
+    declared = {canonicalize_name(Requirement(line).name) for group in groups for line in group}
+    providers = metadata.packages_distributions()
+    for path in sorted((ROOT / "minimal_aia").rglob("*.py")):
+        for module in _imported(path) - sys.stdlib_module_names - {"minimal_aia"}:
+            names = {canonicalize_name(name) for name in providers.get(module, [])}
+            assert names & declared, (
+                f"{path.relative_to(ROOT)} imports {module}: declare it in pyproject.toml"
+            )
