@@ -23,7 +23,8 @@ on a laptop, with a model that ships with the course (a minute):
       --samples data_samples/generation.jsonl --out profile.csv --plot curve.png
 
 Janus-Pro-7B, both tasks (about 14 GB of weights in bfloat16, a third of that with --load-in-4bit, which also
-shifts the numbers). Take the Hugging Face layout; the original deepseek-ai/Janus-Pro-7B is laid out differently:
+shifts the numbers). Take the Hugging Face layout; the original deepseek-ai/Janus-Pro-7B is laid out
+differently:
 
   hf download deepseek-community/Janus-Pro-7B --local-dir weights/janus-pro-7b
   minimal-aia profile --model weights/janus-pro-7b --task generation --dtype bfloat16 --batch-size 4 \\
@@ -38,8 +39,8 @@ Qwen3-VL-8B, the paper's reference for understanding, on two GPUs (the samples a
       --samples data_samples/understanding.jsonl --out qwen3vl.parquet --plot qwen3vl.png
 
 The table has one row a layer (0-based), head and sample. Samples that a model cannot take are left out,
-counted and named. A killed run goes on where it stopped when the same command is given again. Numbers differ a
-little with the precision (about 0.002 between bfloat16 and float32): compare models in the same one."""
+counted and named. A killed run goes on where it stopped when the same command is given again. Numbers differ
+a little with the precision (about 0.002 between bfloat16 and float32): compare models in the same one."""
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -184,9 +185,9 @@ def join_processes(device: str | None, expected: int | None) -> tuple[Any, bool]
     if (lone and "RANK" not in os.environ) or (expected is not None and expected != world):
         asked = expected or "several"
         raise ValueError(
-            f"{asked} processes were asked for, {world} came up; start them with `torchrun --nproc_per_node N "
-            "-m minimal_aia.cli profile ...` or `accelerate launch --multi_gpu --num_processes N ...` (on a CPU "
-            "`accelerate launch --cpu --num_processes N` starts only one)"
+            f"{asked} processes were asked for, {world} came up; start them with `torchrun --nproc_per_node N"
+            " -m minimal_aia.cli profile ...` or `accelerate launch --multi_gpu --num_processes N ...` (on a"
+            " CPU, `accelerate launch --cpu --num_processes N` starts only one)"
         )
     if world == 1:
         return device, True
