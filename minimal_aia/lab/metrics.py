@@ -1,0 +1,78 @@
+"""How well a lab model answers and draws, on scenes it never saw. All shares come with their item count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from minimal_aia.lab import images, models, scenes
+from minimal_aia.lab.sequences import Sequences, draw_batch, pad, understanding_tokens
+
+EVALUATION_SEED = 10_000  # far from every training seed
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, codebook: np.ndarray, task: str, batches: int = 8, size: int = 64) -> float:
+    """Next-token loss in nats a label token, over `batches * size` held-out sequences in the training format."""
+    device = next(model.parameters()).device
+    losses, weights = [], []
+    for i in range(batches):
+        rng = np.random.default_rng((EVALUATION_SEED, i))
+        batch = draw_batch(task, size, rng, codebook, held_out=True).to(device)
+        losses.append(models.next_token_loss(model, batch, task).item())
+        weights.append(int(batch.label_mask.sum()))
+    return float(np.average(losses, weights=weights))
+
+
+@torch.no_grad()
+def answers_right(model: nn.Module, batch: Sequences) -> np.ndarray:
+    """For each single-question sequence: would greedy decoding give exactly the answer and then stop? bool `[B]`.
+
+    Greedy decoding reproduces the reference if and only if every label is the most likely token given the
+    true tokens before it, so one teacher-forced pass decides it without decoding.
+    """
+    logits, labels = models.label_logits(model, batch, "understanding")
+    right = (logits.argmax(-1) == labels).cpu()
+    rows = batch.label_mask[:, 1:].nonzero()[:, 0].cpu()
+    wrong = torch.zeros(len(batch.ids)).index_add_(0, rows, (~right).float())
+    return (wrong == 0).numpy()
+
+
+def answer_table(model: nn.Module, codebook: np.ndarray, per_kind: int = 100, seed: int = EVALUATION_SEED) -> pd.DataFrame:
+    """Exact match by question kind: columns `kind`, `right`, `items`. One question a held-out scene."""
+    device = next(model.parameters()).device
+    rows = []
+    for number, kind in enumerate(scenes.QUESTION_KINDS):
+        rng = np.random.default_rng((seed, number))
+        found, questions = [], []
+        while len(found) < per_kind:
+            scene = scenes.draw_scenes(rng, 1, held_out=True)[0]
+            question = scenes.draw_question(scene, kind, rng)
+            if question:
+                found.append(scene)
+                questions.append(question)
+        pictures = np.stack([scenes.render(s) for s in found])
+        codes = images.encode(pictures, codebook).tolist()
+        tokens = [understanding_tokens([(q.text, q.answer)], c) for q, c in zip(questions, codes, strict=True)]
+        right = answers_right(model, pad(tokens, pictures).to(device))
+        rows.append({"kind": kind, "right": float(right.mean()), "items": per_kind})
+    return pd.DataFrame(rows)
+
+
+def drawing_table(model: nn.Module, codebook: np.ndarray, per_category: int = 100, seed: int = EVALUATION_SEED) -> pd.DataFrame:
+    """Share of prompts drawn right by category: columns `category`, `right`, `items`. One sample a prompt."""
+    rows = []
+    for number, category in enumerate(("single", "two", "counting", "relation", "dense")):
+        rng = np.random.default_rng((seed, 100 + number))
+        wanted: list[scenes.Prompt] = []
+        while len(wanted) < per_category:
+            options = [p for p in scenes.prompts(scenes.draw_scenes(rng, 1, True)[0]) if p.category == category]
+            if options:
+                wanted.append(options[rng.integers(len(options))])
+        codes = models.draw(model, [p.text for p in wanted], seed=seed + number)
+        pictures = images.decode(codes, codebook)
+        right = [p.satisfied_by(images.detect(picture)) for p, picture in zip(wanted, pictures, strict=True)]
+        rows.append({"category": category, "right": float(np.mean(right)), "items": per_category})
+    return pd.DataFrame(rows)

@@ -1,0 +1,196 @@
+"""The lab's models, all real transformers classes: how to build them, run them and draw with them.
+
+    unified         one Llama for both tasks, pictures as tokens of its vocabulary (as Emu3)
+    janus           a JanusForConditionalGeneration: own vision encoder for reading, codes for drawing
+    generation      the same Llama, trained on drawing only
+    understanding   the same Llama, trained on answering only
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from minimal_aia.lab import images, scenes
+from minimal_aia.lab.sequences import BOI, BOS, EOS, FIRST_CODE, IMAGE, PAD, VOCABULARY, WORDS, Sequences, word_ids
+
+NAMES = ("unified", "janus", "generation", "understanding")
+TASKS = {
+    "unified": ("generation", "understanding"),
+    "janus": ("generation", "understanding"),
+    "generation": ("generation",),
+    "understanding": ("understanding",),
+}
+WIDTH, LAYERS, HEADS = 64, 8, 4
+VQ_DIM = 16  # width of a code in the Janus image tokenizer
+
+
+def _text_config(vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def build(name: str, seed: int = 0, vqmodel: nn.Module | None = None) -> PreTrainedModel:
+    """An untrained lab model. `vqmodel`: for `janus`, the trained image tokenizer to freeze inside."""
+    torch.manual_seed(seed)
+    if name not in NAMES:
+        raise ValueError(f"unknown lab model {name!r}: one of {', '.join(NAMES)}")
+    if name != "janus":
+        return LlamaForCausalLM(_text_config(VOCABULARY))
+    vision = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "mlp_ratio": 2.0,
+        "patch_size": images.PATCH,
+        "image_size": scenes.IMAGE_SIZE,
+        "num_image_tokens": images.N_IMAGE_TOKENS,
+        "projection_dim": WIDTH,
+        "depth": 2,
+    }
+    model = JanusForConditionalGeneration(
+        JanusConfig(
+            text_config=_text_config(len(WORDS)),
+            vision_config=vision,
+            vq_config=vq_config(),
+            image_token_id=IMAGE,
+        )
+    )
+    if vqmodel is not None:
+        model.model.vqmodel.load_state_dict(vqmodel.state_dict())
+    model.model.vqmodel.requires_grad_(False)
+    return model
+
+
+def vq_config() -> dict:
+    """The image tokenizer of the Janus-like model: 24x24 pixels to 6x6 codes."""
+    return {
+        "embed_dim": VQ_DIM,
+        "num_embeddings": images.N_CODES,
+        "latent_channels": 32,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 1],
+        "num_res_blocks": 1,
+        "num_patches": images.GRID,
+        "projection_dim": WIDTH,
+        "image_token_embed_dim": WIDTH,
+    }
+
+
+def is_janus(model: nn.Module) -> bool:
+    return isinstance(model, JanusForConditionalGeneration)
+
+
+def _embed(model: nn.Module, batch: Sequences, task: str) -> Tensor:
+    """Input embeddings `[B, S, D]` of a Janus batch: words, and for the picture whatever this task uses."""
+    is_code = batch.ids >= FIRST_CODE
+    embeds = model.get_input_embeddings()(batch.ids.masked_fill(is_code, IMAGE))
+    if task == "understanding":
+        picture = model.model.get_image_features(batch.pixels, return_dict=True).pooler_output
+    else:
+        picture = model.prepare_embeddings_for_image_generation(batch.ids[is_code] - FIRST_CODE)
+    return embeds.masked_scatter(is_code[..., None], picture.reshape(-1, embeds.shape[-1]))
+
+
+def label_logits(model: nn.Module, batch: Sequences, task: str) -> tuple[Tensor, Tensor]:
+    """Teacher-forced logits at the positions that predict labels, `[N, V]`, and the labels, `[N]`.
+
+    Padding is on the right and attention is causal, so no real token can see any: no mask is needed.
+    """
+    wanted = batch.label_mask[:, 1:]
+    labels = batch.ids[:, 1:][wanted]
+    if not is_janus(model):
+        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return model.lm_head(hidden[:, :-1][wanted]), labels
+    hidden = model.model.language_model(inputs_embeds=_embed(model, batch, task), use_cache=False).last_hidden_state
+    if task == "understanding":
+        return model.lm_head(hidden[:, :-1][wanted]), labels
+    return model.model.generation_head(hidden[:, :-1][wanted]), labels - FIRST_CODE
+
+
+def next_token_loss(model: nn.Module, batch: Sequences, task: str) -> Tensor:
+    """Mean cross-entropy in nats a label token."""
+    return nn.functional.cross_entropy(*label_logits(model, batch, task))
+
+
+@torch.no_grad()
+def draw(model: nn.Module, prompts: list[str], seed: int = 0, temperature: float = 1.0) -> np.ndarray:
+    """Sample a picture for every prompt: codes, int64 `[N, 36]`. No guidance; KV cache; one batch a prompt length."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = [[BOS, *word_ids(p), BOI] for p in prompts]
+    codes = np.empty((len(prompts), images.N_IMAGE_TOKENS), dtype=np.int64)
+    for length in sorted({len(t) for t in tokens}):
+        rows = [i for i, t in enumerate(tokens) if len(t) == length]
+        embeds = model.get_input_embeddings()(torch.tensor([tokens[i] for i in rows], device=device))
+        decoder = model.model.language_model if is_janus(model) else model.model
+        cache, drawn = None, []
+        for _ in range(images.N_IMAGE_TOKENS):
+            out = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            cache, last = out.past_key_values, out.last_hidden_state[:, -1]
+            logits = model.model.generation_head(last) if is_janus(model) else model.lm_head(last)[:, FIRST_CODE:]
+            probs = (logits / temperature).softmax(-1)
+            code = torch.multinomial(probs, 1, generator=generator)
+            drawn.append(code)
+            if is_janus(model):
+                embeds = model.prepare_embeddings_for_image_generation(code)
+            else:
+                embeds = model.get_input_embeddings()(code + FIRST_CODE)
+        codes[rows] = torch.cat(drawn, dim=1).cpu().numpy()
+    return codes
+
+
+def tokenizer(with_codes: bool) -> PreTrainedTokenizerFast:
+    """The lab's words (and, for models that need them, one token an image code) in Hugging Face format."""
+    words = [*WORDS, *(f"<code_{c}>" for c in range(images.N_CODES))] if with_codes else list(WORDS)
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {f"{n}_token": f"<{n}>" for n in ("pad", "bos", "eos", "unk")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, extra_special_tokens=["<boi>", "<eoi>", "<image>"], padding_side="right", **names
+    )
+
+
+def save(model: PreTrainedModel, codebook: np.ndarray, folder: Path) -> None:
+    """Write a folder that `from_pretrained` reads, with the tokenizer and the picture codebook beside it."""
+    model.save_pretrained(folder)
+    tokenizer(with_codes=not is_janus(model)).save_pretrained(folder)
+    save_file({"codebook": codebook}, folder / "codebook.safetensors")
+
+
+def load(folder: Path | str) -> tuple[PreTrainedModel, np.ndarray]:
+    """A saved lab model in evaluation mode, and its picture codebook."""
+    folder = Path(folder)
+    codebook = folder / "codebook.safetensors"
+    if not codebook.is_file():
+        raise FileNotFoundError(f"{folder} is no lab model: {codebook.name} is missing")
+    kind = AutoModelForCausalLM
+    if '"janus"' in (folder / "config.json").read_text():
+        kind = JanusForConditionalGeneration
+    model = kind.from_pretrained(folder, local_files_only=True)
+    return model.eval(), load_file(codebook)["codebook"]

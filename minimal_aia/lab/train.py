@@ -1,0 +1,172 @@
+"""Train the lab's models from a seed: `python -m minimal_aia.lab.train unified --seed 0`.
+
+Every step sees fresh scenes, 16 a task. The data of step t depends on (seed, task, t) alone, so a run that
+was interrupted goes on with the same data, and models of one seed see the same scenes in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from minimal_aia.lab import images, models, vq
+from minimal_aia.lab.muon import Muon
+from minimal_aia.lab.sequences import draw_batch
+
+TASK_NUMBER = {"generation": 0, "understanding": 1}
+
+
+@dataclass
+class Settings:
+    """One set-up for all lab models; fixed before any model was trained with an AIA loss."""
+
+    steps: int = 2000
+    batch: int = 16  # sequences a task and step
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    warmup: int = 50
+    save_every: int = 250
+
+
+def data_rng(seed: int, task: str, step: int) -> np.random.Generator:
+    return np.random.default_rng((seed, TASK_NUMBER[task], step))
+
+
+def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformer layers, AdamW for embeddings, heads, norms and biases."""
+    muon, adam = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (muon if p.ndim == 2 and ".layers." in name else adam).append(p)
+    return [
+        Muon(muon, lr=settings.muon_lr),
+        torch.optim.AdamW(adam, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Share of the full learning rate: linear warm-up, then cosine to zero."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return 0.5 * (1 + float(np.cos(np.pi * done)))
+
+
+def train(
+    name: str,
+    seed: int,
+    out: Path,
+    codebook: np.ndarray,
+    settings: Settings | None = None,
+    vqmodel: nn.Module | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> nn.Module:
+    """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped."""
+    settings = settings or Settings()
+    model = models.build(name, seed, vqmodel).to(device).train()
+    if models.is_janus(model):
+        model.model.vqmodel.eval()
+    opts = optimizers(model, settings)
+    log: list[dict] = []
+    start, seconds = 0, 0.0
+    state_file = out / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=device)
+        if state["settings"] != vars(settings):
+            raise ValueError(f"{state_file} was made with other settings: delete the folder {out} or choose another")
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        start, seconds, log = state["step"], state["seconds"], state["log"]
+    out.mkdir(parents=True, exist_ok=True)
+    clock = time.process_time()
+    bar = tqdm(range(start, settings.steps), desc=f"{name} seed {seed}", initial=start, total=settings.steps,
+               disable=not progress, mininterval=5)  # fmt: skip
+    for step in bar:
+        for opt, full in zip(opts, (settings.muon_lr, settings.adam_lr), strict=True):
+            for group in opt.param_groups:
+                group["lr"] = full * rate(step, settings)
+        losses = {}
+        for task in models.TASKS[name]:
+            batch = draw_batch(task, settings.batch, data_rng(seed, task, step), codebook).to(device)
+            loss = models.next_token_loss(model, batch, task)
+            loss.backward()
+            losses[task] = loss.item()
+        if not all(np.isfinite(value) for value in losses.values()):
+            raise FloatingPointError(f"{name} seed {seed}: loss {losses} at step {step}; the last state is kept")
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        if step % 10 == 0:
+            log.append({"step": step, **losses})
+            bar.set_postfix({task[:3]: f"{value:.3f}" for task, value in losses.items()})
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            state = {
+                "settings": vars(settings),
+                "model": model.state_dict(),
+                "optimizers": [opt.state_dict() for opt in opts],
+                "step": step + 1,
+                "seconds": seconds + time.process_time() - clock,
+                "log": log,
+            }
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+    model.eval()
+    models.save(model, codebook, out)
+    seconds += time.process_time() - clock
+    summary = {"name": name, "seed": seed, **vars(settings), "cpu_seconds": round(seconds), "log": log,
+               "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}  # fmt: skip
+    (out / "training.json").write_text(json.dumps(summary) + "\n")
+    state_file.unlink(missing_ok=True)
+    return model
+
+
+def image_tokenizer(folder: Path, steps: int = 2400) -> tuple[np.ndarray, nn.Module]:
+    """The shared codebook and the VQ model distilled from it; made once, then read from `folder`."""
+    codebook = images.fit_codebook()
+    if (folder / "config.json").exists():
+        return codebook, JanusVQVAE.from_pretrained(folder).eval()
+    vqmodel = vq.distill(codebook, steps=steps)
+    vqmodel.save_pretrained(folder)
+    return codebook, vqmodel
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m minimal_aia.lab.train", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(models.NAMES), help=f"any of {', '.join(models.NAMES)}")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run a model and seed")
+    parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="parent folder; runs go to MODEL-seedN")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="sequences a task and step")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    unknown = set(args.models) - set(models.NAMES)
+    if unknown:
+        parser.error(f"unknown model {', '.join(sorted(unknown))}: choose from {', '.join(models.NAMES)}")
+    settings = Settings(steps=args.steps, batch=args.batch)
+    codebook, vqmodel = images.fit_codebook(), None
+    if "janus" in args.models:
+        codebook, vqmodel = image_tokenizer(args.out / "vq")
+    for seed in args.seed:
+        for name in args.models:
+            out = args.out / f"{name}-seed{seed}"
+            if (out / "training.json").exists():
+                print(f"{out}: already trained")
+                continue
+            train(name, seed, out, codebook, settings, vqmodel, args.device)
+            print(f"{out}: done")
+
+
+if __name__ == "__main__":
+    main()
