@@ -19,6 +19,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from minimal_aia.curves import as_curves
 
@@ -32,7 +33,7 @@ FIGSIZE = (7.0, 4.0)
 @contextmanager
 def style() -> Iterator[None]:
     """The one look of all figures; made axes keep it."""
-    size = {
+    size: dict[Any, Any] = {
         "font.size": 10,
         "axes.titlesize": 11,
         "legend.fontsize": 9,
@@ -235,7 +236,7 @@ def plot_std(*profiles: Any, by: str | None = None, ax: Axes | None = None) -> A
         lines = [(p, name, table[name]) for p, table in tables for name in table]
         for (p, name, values), colour in zip(lines, shades(COLOURS[task], len(lines)), strict=True):
             label = f"{p.model}, {task}" + ("" if by is None else f", {name}")
-            look = {"linestyle": LINES[task], "marker": MARKERS[task], "markersize": 4}
+            look: dict[str, Any] = {"linestyle": LINES[task], "marker": MARKERS[task], "markersize": 4}
             ax.plot(positions(values.index, p.n_layers, "layer"), values, color=colour, label=label, **look)
     finish(ax, "layer", None)
     ax.set(ylabel="std over samples")
@@ -257,7 +258,7 @@ def finish(ax: Axes, axis: str, title: str | None) -> None:
     tops = [panel.dataLim.y1 for panel in ax.get_shared_y_axes().get_siblings(ax)]  # panels share their scale
     ax.set_ylim(0, min(1.0, max([0.1, *(1.05 * top for top in tops if np.isfinite(top))])))
     if axis == "layer":
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     if title:
         ax.set_title(title)
     sns.despine(ax=ax)

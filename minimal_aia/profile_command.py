@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from minimal_aia.plots import plot_curves
 
-        plot_curves(result).figure.savefig(args.plot, bbox_inches="tight")
+        figure: Any = plot_curves(result).figure
+        figure.savefig(args.plot, bbox_inches="tight")
     print(report(result, args.out, args.plot))
     if read.n_skipped:
         print(f"{read.n_skipped} lines of {args.samples} could not be read:", *read.problems[:5], sep="\n  ")

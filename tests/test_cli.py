@@ -1,12 +1,10 @@
-"""The command line: help, exit codes, one-line errors, and what `profile` passes on."""
+"""The command line: help, exit codes, one-line errors. What `profile` does is in test_profile_cli.py."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 
 import minimal_aia
@@ -99,65 +97,6 @@ def test_interrupt_is_no_error_message(monkeypatch, capsys):
     monkeypatch.setitem(vars(minimal_aia), "read_samples", interrupt)
     assert main(PROFILE) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Stand-ins for the three functions that `profile` calls; what they were called with."""
-    seen: dict[str, tuple] = {}
-
-    class Samples(list):
-        n_skipped = 1
-        problems = ("s.jsonl:3: no text",)
-
-    result = SimpleNamespace(
-        n_samples=2,
-        n_layers=1,
-        skipped={"s.jsonl:2": "an unknown word"},
-        curve=lambda: pd.DataFrame({"layer": [0], "mean": [0.25]}),
-    )
-    answers = {"read_samples": Samples(["a", "b"]), "load_adapter": "the adapter", "profile": result}
-    for name, answer in answers.items():
-
-        def call(*args, _name=name, _answer=answer, **kwargs):
-            seen[_name] = (args, kwargs)
-            return _answer
-
-        monkeypatch.setitem(vars(minimal_aia), name, call)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return seen
-
-
-def test_profile_passes_every_option_on(calls, capsys):
-    options = [
-        "--out",
-        "p.csv",
-        "--batch-size",
-        "4",
-        "--family",
-        "janus",
-        "--device",
-        "cpu",
-        "--dtype",
-        "bfloat16",
-    ]
-    assert main([*PROFILE, *options, "--skip-bad", "--trust-remote-code"]) == 0
-    assert calls["read_samples"] == (("s.jsonl",), {"on_error": "skip"})
-    wanted = {"family": "janus", "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}
-    assert calls["load_adapter"] == (("lab/unified",), wanted)
-    args, kwargs = calls["profile"]
-    assert args == ("the adapter", ["a", "b"], "generation")
-    assert kwargs == {"batch_size": 4, "out": "p.csv"}
-    out = capsys.readouterr().out
-    for said in ("0.2500", "2 samples, 1 layers -> p.csv", "s.jsonl:3: no text", "an unknown word"):
-        assert said in out
-
-
-def test_profile_trusts_no_remote_code_and_skips_nothing_by_default(calls):
-    assert main(PROFILE) == 0
-    assert calls["load_adapter"][1]["trust_remote_code"] is False
-    assert calls["read_samples"][1] == {"on_error": "raise"}
-    assert calls["profile"][1] == {"batch_size": 16, "out": None}
 
 
 def test_the_console_script_is_installed():
