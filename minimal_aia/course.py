@@ -66,6 +66,7 @@ def run(path: Path, bar: Any = None, timeout: float = 600) -> tuple[nbformat.Not
         timeout=timeout,
         kernel_name=KERNEL["name"],
         resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # not a warning a kernel about local sockets
         store_widget_state=False,
         coalesce_streams=True,
         on_cell_executed=(lambda **event: bar.update()) if bar is not None else None,
@@ -74,17 +75,19 @@ def run(path: Path, bar: Any = None, timeout: float = 600) -> tuple[nbformat.Not
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
-        error = _first_cause(notebook, failure)
+        error = _first_cause(notebook, failure, timeout)
     except Exception:  # a kernel that does not start, a broken notebook: the others should still run
         error = traceback.format_exc(limit=1).strip().splitlines()[-1]
     return notebook, Outcome(path, len(code), time.perf_counter() - begin, error)
 
 
-def _first_cause(notebook: nbformat.NotebookNode, failure: Exception) -> str:
+def _first_cause(notebook: nbformat.NotebookNode, failure: Exception, timeout: float) -> str:
     """Where it first went wrong, as in: code cell 7: ValueError: no such file."""
     for number, cell in enumerate(code_cells(notebook), start=1):
         for output in cell.outputs:
             if output.output_type == "error" and "raises-exception" not in cell.metadata.get("tags", []):
+                if isinstance(failure, CellTimeoutError):
+                    return f"code cell {number}: took longer than {timeout:g} s"
                 return f"code cell {number}: {output.ename}: {output.evalue}".splitlines()[0]
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
