@@ -175,7 +175,7 @@ def test_table_shortens_paths_inside_the_clone():
 
 
 def test_nbval_agrees_with_what_was_stored(tmp_path):
-    """Noise that is normalised in the file and comes back in the run is no difference; a changed number is."""
+    """Noise that was normalised in the file is no difference when it comes back; a changed number is."""
     noisy = (
         "import time, tempfile\n"
         "print(object(), f'{time.time() % 1:.3f} s', tempfile.mkdtemp())\n"
