@@ -70,6 +70,11 @@ def require(package: str, name: str, extra: str | None = None) -> None:
         raise AdapterError(f"{name} needs the package {package}, which is not installed: pip install {what}")
 
 
+def default_device() -> str:
+    """The GPU if there is one (under torchrun, this process's own), else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def first_line(error: BaseException) -> str:
     """An error of another library, short enough to stand inside ours."""
     lines = str(error).strip().splitlines()
@@ -157,8 +162,7 @@ def load_model(
     **options: Any,
 ) -> Any:
     """`model_class.from_pretrained` in eval mode, after the checks of this file."""
-    if device is None:  # under torchrun every process takes its own GPU
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = device or default_device()
     check_memory(name, dtype, None if device_map else torch.device(device), load_in_4bit)
     if load_in_4bit:
         require("bitsandbytes", f"{name} with load_in_4bit=True")
