@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimal_aia.intensity import intensity_from_attention
 from minimal_aia.loss import AIALoss, aia_loss, total_loss
 from minimal_aia.targets import StageTargets
 
@@ -208,3 +209,18 @@ def test_wrong_input_is_named():
         aia_loss(*good, kind="mse")
     with pytest.raises(ValueError, match="choose per-sample, batch-mean or authors-code"):
         aia_loss(*good, reduction="mean")
+
+
+def test_an_empty_sample_gives_no_nan_gradient_through_eq_1():
+    """Attention to intensity to loss: the division by an empty mask must not reach the scores."""
+    torch.manual_seed(5)
+    scores = torch.randn(3, 2, 4, 4, requires_grad=True)  # [B, H, Q, K]
+    query, key = torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
+    key[:, :2] = True
+    query[:2, 2:] = True  # the third sample has no query left
+    rows = intensity_from_attention(scores.softmax(-1), query, key)
+    assert rows.isnan().tolist() == [False, False, True]
+    aia_loss(rows[None], torch.tensor([0.1]), torch.tensor([0.05])).backward()
+    assert scores.grad.isfinite().all()
+    assert scores.grad[:2].abs().sum() > 0
+    assert scores.grad[2].eq(0).all()
