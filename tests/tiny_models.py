@@ -5,8 +5,8 @@
     model(**batch.inputs)
 
 Every model is seeded, in eval mode, fp32, without dropout unless `dropout=` says so, and takes a few
-milliseconds. Layout of a sample: `bos`, text, image tokens (multimodal families), text, answer; the second sample
-is three tokens shorter, so it is the one that gets padded.
+milliseconds. Layout of a sample: `bos`, text, image tokens (multimodal families), text, answer; the second
+sample is three tokens shorter, so it is the one that gets padded.
 """
 
 from __future__ import annotations
@@ -243,7 +243,11 @@ def tiny_batch(name: str, padding: str = "left", seed: int = 1) -> TinyBatch:
     for extra in (3, 3 if padding == "none" else 0):
         before, after, answer = _words(2 + extra), _words(2), _words(4)
         span = torch.full((n_image,), IMAGE) if image else _words(2)
-        wrap = [torch.tensor([t]) for t in (VISION_START, VISION_END)] if name.startswith("qwen3") else [None, None]
+        wrap = (
+            [torch.tensor([t]) for t in (VISION_START, VISION_END)]
+            if name.startswith("qwen3")
+            else [None, None]
+        )
         parts = [torch.tensor([BOS]), before, wrap[0], span, wrap[1], after, answer]
         marks = [0, 0, 0, 1, 0, 0, 2]
         kept = [(p, torch.full_like(p, m)) for p, m in zip(parts, marks, strict=True) if p is not None]
@@ -276,7 +280,10 @@ def _image_inputs(name: str) -> tuple[dict[str, Tensor], int]:
     if name == "chameleon":
         return {"pixel_values": torch.randn(2, 3, 4, 4)}, 4
     if name in ("qwen2_5_vl", "qwen3_vl"):  # 4 x 4 patches of 2 x 3 x 4 x 4 values, merged 2 x 2
-        return {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}, 4
+        return {
+            "pixel_values": torch.randn(32, 96),
+            "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        }, 4
     if name == "internvl":
         return {"pixel_values": torch.randn(2, 3, 16, 16)}, 4
     if name == "llava_onevision":  # one base picture, one crop with a newline after each row
