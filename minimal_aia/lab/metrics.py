@@ -7,8 +7,10 @@ import pandas as pd
 import torch
 from torch import nn
 
+from minimal_aia.capture import capture
 from minimal_aia.lab import images, models, scenes
 from minimal_aia.lab.sequences import Sequences, draw_batch, pad, understanding_tokens
+from minimal_aia.profiles import uniform_intensity
 
 EVALUATION_SEED = 10_000  # far from every training seed
 
@@ -76,3 +78,27 @@ def drawing_table(model: nn.Module, codebook: np.ndarray, per_category: int = 10
         right = [p.satisfied_by(images.detect(picture)) for p, picture in zip(wanted, pictures, strict=True)]
         rows.append({"category": category, "right": float(np.mean(right)), "items": per_category})
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def curves(model: nn.Module, codebook: np.ndarray, task: str, samples: int = 256) -> pd.DataFrame:
+    """Layer curve on held-out sequences in the training format.
+
+    Columns `layer` (0-based), `mean`, `std` (over samples), `uniform` (mean flat-attention baseline), `samples`.
+    """
+    device = next(model.parameters()).device
+    rng = np.random.default_rng((EVALUATION_SEED, 200))
+    batch = draw_batch(task, samples, rng, codebook, held_out=True).to(device)
+    with capture(model, batch.query_mask, batch.key_mask, attention_mask=batch.attention_mask) as record:
+        models.label_logits(model, batch, task)
+    value = record.intensity.float().cpu()  # [L, B]
+    uniform = uniform_intensity(batch.query_mask, batch.key_mask, batch.attention_mask).mean()
+    return pd.DataFrame(
+        {
+            "layer": range(len(value)),
+            "mean": value.mean(1),
+            "std": value.std(1),
+            "uniform": float(uniform),
+            "samples": samples,
+        }
+    )

@@ -1,0 +1,122 @@
+"""The laptop lab's shipped models as adapters: `load_lab("unified")` or `load_adapter("lab/unified")`.
+
+They know the lab's world and nothing else: 24x24 pictures and forty-seven words. Samples outside it are
+refused with the reason, so that no number is measured on unknown words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers
+
+if TYPE_CHECKING:
+    from minimal_aia.data import Sample
+
+CHECKPOINTS = Path(__file__).parents[2] / "data_samples" / "checkpoints"
+NAMES = ("unified", "janus", "generation", "understanding")
+
+
+class LabAdapter(Adapter):
+    """A lab model: the spans of `minimal_aia.lab.sequences`, in the format that it was trained in."""
+
+    family = "lab"
+
+    def __init__(self, name: str, model: nn.Module, codebook: np.ndarray, tasks: tuple[str, ...]) -> None:
+        super().__init__(name, model)
+        self.codebook = codebook
+        self.tasks = tasks
+
+    def why_not(self, sample: Sample, task: str) -> str | None:
+        from minimal_aia.lab.sequences import unknown_words
+
+        if reason := super().why_not(sample, task):
+            return reason
+        text = " ".join(part for turn in sample.turns for part in turn)
+        if unknown := unknown_words(text):
+            return f"a lab model does not know the word {unknown[0]!r}"
+        if len(sample.images) != 1:
+            return f"a lab model needs one picture a sample, not {len(sample.images)}"
+        if _picture(sample.images[0]) is None:
+            return f"{sample.images[0].name} is not a 24x24 picture of the lab"
+        return None
+
+    def collate(self, samples: Sequence[Sample], task: str) -> Batch:
+        from minimal_aia.lab import images, sequences
+
+        self.check(samples, task)
+        pictures = np.stack([_picture(s.images[0]) for s in samples])
+        codes = images.encode(pictures, self.codebook).tolist()
+        if task == "generation":
+            rows = [
+                sequences.generation_tokens(s.turns[0][0], c) for s, c in zip(samples, codes, strict=True)
+            ]
+        else:
+            rows = [
+                sequences.understanding_tokens(list(s.turns), c) for s, c in zip(samples, codes, strict=True)
+            ]
+        batch = sequences.pad(rows, pictures).to(self.device)
+        inputs = {"ids": batch.ids, "label_mask": batch.label_mask, "pixels": batch.pixels}
+        mask = batch.attention_mask.long()
+        return Batch(inputs, batch.query_mask, batch.key_mask, mask, [s.id for s in samples], task)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits `[N, V]` at the positions that predict labels, and the labels `[N]`."""
+        from minimal_aia.lab import models, sequences
+
+        inputs = sequences.Sequences(
+            attention_mask=batch.attention_mask.bool(),
+            query_mask=batch.query_mask,
+            key_mask=batch.key_mask,
+            **batch.inputs,
+        )
+        return models.label_logits(self.model, inputs, batch.task)
+
+    def layers(self) -> list[nn.Module]:
+        text = self.model.config.get_text_config()
+        return find_layers(self.model, text.num_hidden_layers)
+
+
+@lru_cache(maxsize=1024)
+def _picture(path: Path) -> np.ndarray | None:
+    """uint8 `[24, 24, 3]`, or None if the file is no lab picture."""
+    from PIL import Image
+
+    from minimal_aia.lab.scenes import IMAGE_SIZE
+
+    with Image.open(path) as image:
+        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+            return None
+        return np.asarray(image.convert("RGB"))
+
+
+def load_lab(name: str, **where: Any) -> LabAdapter:
+    """A shipped lab model by name, or any folder that `python -m minimal_aia.lab.train` wrote.
+
+    name: "unified", "janus", "generation", "understanding" (with or without "lab/"), or a folder.
+    where: `device`, `dtype` as for `load_adapter`.
+    """
+    from minimal_aia.lab import models
+
+    short = str(name).removeprefix("lab/")
+    folder = CHECKPOINTS / short if short in NAMES else Path(name)
+    if short not in NAMES and not folder.is_dir():
+        raise AdapterError(f"there is no lab model {name!r}: one of {', '.join(NAMES)}, or a training folder")
+    if not (folder / "config.json").is_file():
+        raise AdapterError(
+            f"the lab model {short!r} is not in {folder.parent.name}/{folder.name}: work from a clone of the "
+            "repository, or make it with `python -m minimal_aia.lab.train` and give its folder"
+        )
+    model, codebook = models.load(folder)
+    device, dtype = where.get("device"), where.get("dtype")
+    model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    kind = short if short in NAMES else folder.name.split("-seed")[0]
+    tasks = models.TASKS.get(kind, ("generation", "understanding"))
+    return LabAdapter(f"lab/{short}" if short in NAMES else folder.name, model, codebook, tasks)
