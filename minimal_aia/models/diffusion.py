@@ -151,7 +151,7 @@ class DiffusionAdapter(Adapter):
             counted = text.shape == prompt.shape and torch.equal(text, prompt)
 
         def spans(query: Tensor, _key: Tensor) -> CallSpans:
-            return (slice(None), batch.query_mask, batch.key_mask) if counted else None
+            return (torch.arange(len(batch)), batch.query_mask, batch.key_mask) if counted else None
 
         hook = self.model.register_forward_pre_hook(look, with_kwargs=True)
         try:

@@ -24,15 +24,18 @@ ORIGINAL_LAYOUTS = {
 }
 
 
-def read_config(name: str) -> tuple[str, dict[str, Any]]:
-    """The type that selects a family, and the config: `_class_name` of model_index.json or `model_type`.
+def read_types(name: str) -> list[str]:
+    """What a model's config says it is: `_class_name` of model_index.json, or `model_type` and architectures.
 
-    name: a folder, or a hub id "owner/model". AdapterError if it is neither, or has no config.
+    name: a folder, or a hub id "owner/model". AdapterError if it is neither, or has no readable config.
     """
     path = config_file(name)
-    config = json.loads(path.read_text(encoding="utf-8"))
-    key = "_class_name" if path.name == "model_index.json" else "model_type"
-    return str(config.get(key) or ""), config
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        types = [config.get("_class_name"), config.get("model_type"), *(config.get("architectures") or ())]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise AdapterError(f"{path}: not a JSON config ({first_line(error)})") from error
+    return [str(t) for t in types if t]
 
 
 def config_file(name: str) -> Path:

@@ -24,8 +24,10 @@ from torch.nn import functional as F
 
 from minimal_aia.intensity import attention_with_intensity
 
-# (rows of the batch, queries bool [b, Q], keys bool [b, K]) of one attention call; None: not to be recorded.
-CallSpans = tuple[slice, Tensor, Tensor] | None
+# Of one attention call: the sample of each of its rows (int [b], -1: not counted), its queries (bool [b,
+# Q]) and
+# keys (bool [b, K]). None: the whole call is not counted.
+CallSpans = tuple[Tensor, Tensor, Tensor] | None
 
 
 class StepRecord:
@@ -46,13 +48,15 @@ class StepRecord:
         if spans is None:
             return
         rows, queries, keys = spans
+        rows, queries, keys = rows.cpu(), queries.to(mass.device), keys.to(mass.device)
+        kept = rows >= 0
         used = queries & keys.any(-1, keepdim=True)  # without a key there is nothing to average
-        sums = (mass.double() * used[:, None].to(mass.device)).sum(-1).cpu()  # [b, H]
+        sums = (mass.float() * used[:, None]).sum(-1).cpu().double()  # [b, H]
         total = self._sums[layer]
         if total is None:
             total = self._sums[layer] = torch.zeros(len(self.query_mask), mass.shape[1], dtype=torch.float64)
-        total[rows] += sums
-        self._counts[layer, rows] += used.sum(-1).cpu()
+        total.index_add_(0, rows[kept], sums[kept])
+        self._counts[layer].index_add_(0, rows[kept], used.sum(-1).cpu().double()[kept])
 
     @property
     def layers(self) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minimal_aia.models.base import TASKS, Adapter, AdapterError
-from minimal_aia.models.loading import ORIGINAL_LAYOUTS, read_config, require
+from minimal_aia.models.loading import ORIGINAL_LAYOUTS, read_types, require
 
 GENERATION, UNDERSTANDING = ("generation",), ("understanding",)
 
@@ -21,8 +21,8 @@ class Family:
     """One row of the support table.
 
     adapter: "module:class" inside `minimal_aia.models`; the class has a `load(name, family, **options)`.
-    model_types: `model_type` in config.json (or `_class_name` in a diffusers model_index.json) that select
-    it.
+    model_types: `model_type` or architecture in config.json (or `_class_name` in model_index.json) that
+    select it.
     model, processor: names of the library's classes.
     package, extra: what it needs installed, and the optional extra of this project that brings it.
     """
@@ -143,6 +143,36 @@ _ROWS = (
         extra="diffusers",
     ),
     Family(
+        "deepseek-vl2",
+        "DeepSeek-VL2",
+        UNDERSTANDING,
+        "deepseek_vl2:DeepseekVL2Adapter",
+        ("deepseek_vl_v2", "DeepseekVLV2ForCausalLM"),
+        "DeepseekVLV2ForCausalLM",
+        remote_code=True,
+        tested=STAND_IN,
+    ),
+    Family(
+        "hunyuan-image",
+        "HunyuanImage-3.0",
+        GENERATION,
+        "hunyuan_image:HunyuanImageAdapter",
+        ("hunyuan_image_3_moe", "HunyuanImage3ForCausalMM"),
+        "HunyuanImage3ForCausalMM",
+        remote_code=True,
+        tested=STAND_IN,
+    ),
+    Family(
+        "bagel",
+        "BAGEL",
+        TASKS,
+        "bagel:BagelAdapter",
+        ("bagel", "BagelForConditionalGeneration"),
+        "Bagel",
+        remote_code=True,
+        tested=STAND_IN,
+    ),
+    Family(
         "decoder",
         "any decoder-only vision-language model, given its image token id",
         UNDERSTANDING,
@@ -158,18 +188,22 @@ def support_table() -> str:
     lines = ["| family | systems | library class | tasks | tested how |", "|---|---|---|---|---|"]
     for f in FAMILIES.values():
         tasks = "both" if set(f.tasks) == set(TASKS) else ", ".join(f.tasks)
-        lines.append(f"| `{f.name}` | {f.systems} | {f.package} `{f.model}` | {tasks} | {f.tested} |")
+        library = "authors' code" if f.remote_code else f.package
+        lines.append(f"| `{f.name}` | {f.systems} | {library} `{f.model}` | {tasks} | {f.tested} |")
     return "\n".join(lines) + "\n"
 
 
-def find_family(name: str, model_type: str, family: str | None = None) -> Family:
-    """The row for a config's `model_type`, or for the family asked for; AdapterError if they do not fit."""
+def find_family(name: str, types: list[str], family: str | None = None) -> Family:
+    """The row for what a config says it is, or for the family asked for; AdapterError if they do not fit."""
     if family is not None and family not in FAMILIES:
         raise AdapterError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
-    fitting = [f for f in FAMILIES.values() if model_type in f.model_types]
+    model_type = types[0] if types else ""
+    fitting = [f for f in FAMILIES.values() if set(types) & set(f.model_types)]
     if family is not None:
         row = FAMILIES[family]
-        if row.model_types and row not in fitting:
+        # A config of the authors' own making may say anything: there, only another known family is a
+        # contradiction.
+        if row.model_types and row not in fitting and (fitting or not row.remote_code):
             found = f"family {fitting[0].name!r}" if fitting else "no family known here"
             raise AdapterError(
                 f"{name}: its config says model type {model_type!r} ({found}), not family {family!r}"
@@ -218,8 +252,7 @@ def load_adapter(
         lab = importlib.import_module("minimal_aia.models.lab")
         adapter: Adapter = lab.load_lab(name)
         return adapter.to(device, dtype)
-    model_type, _ = read_config(name)
-    row = find_family(name, model_type, family)
+    row = find_family(name, read_types(name), family)
     require(row.package, name, row.extra)
     if row.remote_code and not trust_remote_code:
         raise AdapterError(

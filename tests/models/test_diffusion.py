@@ -147,7 +147,7 @@ def test_layers_that_never_report_are_named():
     record = StepRecord(2, mask, mask)
     with (
         pytest.raises(RuntimeError, match=r"layers \[0, 1\] reported no intensity"),
-        capture_sdpa(layers, record, lambda q, k: (slice(None), mask, mask)),
+        capture_sdpa(layers, record, lambda q, k: (torch.zeros(1, dtype=torch.long), mask, mask)),
     ):
         layers[0](torch.zeros(1, 2))
 
@@ -163,11 +163,13 @@ def test_a_layout_that_does_not_fit_is_refused_and_everything_is_put_back():
     stock, layer, mask = F.scaled_dot_product_attention, OneHead(), torch.ones(1, 3, dtype=torch.bool)
     with (
         pytest.raises(ValueError, match="lays its sequence out differently"),
-        capture_sdpa([layer], StepRecord(1, mask, mask), lambda q, k: (slice(None), mask, mask)),
+        capture_sdpa(
+            [layer], StepRecord(1, mask, mask), lambda q, k: (torch.zeros(1, dtype=torch.long), mask, mask)
+        ),
     ):
         layer(torch.zeros(1, 1, 4, 8))
     record = StepRecord(1, mask, mask)
-    with capture_sdpa([layer], record, lambda q, k: (slice(None), mask, mask)):
+    with capture_sdpa([layer], record, lambda q, k: (torch.zeros(1, dtype=torch.long), mask, mask)):
         with pytest.raises(FloatingPointError):
             layer(torch.full((1, 1, 3, 8), torch.nan))
         F.scaled_dot_product_attention(*[torch.zeros(1, 1, 5, 8)] * 3)  # outside of every layer: not recorded
