@@ -165,9 +165,7 @@ def main() -> None:
             name: measure(n, args.heads, args.head_dim, r, k, args.repeats) for name, (r, k) in cases.items()
         },
     }
-    print(
-        f"{'case':15}{'method':10}{'forward':>9}{'fwd+bwd':>9}   (times plain; largest differences of mass and gradient)"
-    )
+    print(f"{'case':15}{'method':10}{'forward':>9}{'fwd+bwd':>9}   (times plain; mass and gradient gaps)")
     for case, methods in result["cases"].items():
         for name, m in methods.items():
             f, fb = (m[key] / methods["plain"][key] for key in ("forward_s", "forward_backward_s"))
