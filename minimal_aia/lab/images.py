@@ -63,7 +63,7 @@ def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, list[tuple[str, str, int, int] | None]]:
-    """Every picture that one cell can show, `[templates, 8, 8, 3]`, with (color, shape, dy, dx); None is empty."""
+    """Every picture a cell can show, `[templates, 8, 8, 3]`, with (color, shape, dy, dx); None is empty."""
     labels: list[tuple[str, str, int, int] | None] = [None]
     cells = [scenes.render(())[:8, :8]]
     for color in scenes.COLORS:
@@ -78,7 +78,7 @@ def _templates() -> tuple[np.ndarray, list[tuple[str, str, int, int] | None]]:
 def detect(image: np.ndarray) -> scenes.Scene:
     """What a picture shows: in each cell the nearest of all possible cell pictures. Deterministic.
 
-    `image`: uint8 `[24, 24, 3]`, rendered or drawn by a model. A smeared shape counts as what it is nearest to.
+    `image`: uint8 `[24, 24, 3]`, rendered or drawn by a model. A smeared shape counts as the nearest one.
     """
     templates, labels = _templates()
     flat = templates.reshape(len(templates), -1)
@@ -99,7 +99,7 @@ def same_content(a: scenes.Scene, b: scenes.Scene) -> bool:
 
 
 def detector_error(codebook: np.ndarray | None = None, count: int = 1000, seed: int = 1) -> float:
-    """Share of held-out scenes that the detector misreads: as rendered, or after a trip through the tokenizer."""
+    """Share of held-out scenes that the detector misreads: as rendered, or once tokenized and decoded."""
     found = scenes.draw_scenes(np.random.default_rng(seed), count, held_out=True)
     images = np.stack([scenes.render(s) for s in found])
     if codebook is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from minimal_aia.capture import capture
 from minimal_aia.lab import images, models, scenes
@@ -16,8 +17,8 @@ EVALUATION_SEED = 10_000  # far from every training seed
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, codebook: np.ndarray, task: str, batches: int = 8, size: int = 64) -> float:
-    """Next-token loss in nats a label token, over `batches * size` held-out sequences in the training format."""
+def held_out_loss(model: Any, codebook: np.ndarray, task: str, batches: int = 8, size: int = 64) -> float:
+    """Next-token loss (nats a label token) over `batches * size` held-out sequences, in training format."""
     device = next(model.parameters()).device
     losses, weights = [], []
     for i in range(batches):
@@ -29,8 +30,8 @@ def held_out_loss(model: nn.Module, codebook: np.ndarray, task: str, batches: in
 
 
 @torch.no_grad()
-def answers_right(model: nn.Module, batch: Sequences) -> np.ndarray:
-    """For each single-question sequence: would greedy decoding give exactly the answer and then stop? bool `[B]`.
+def answers_right(model: Any, batch: Sequences) -> np.ndarray:
+    """Would greedy decoding give exactly the answer and then stop? bool `[B]`, one question a sequence.
 
     Greedy decoding reproduces the reference if and only if every label is the most likely token given the
     true tokens before it, so one teacher-forced pass decides it without decoding.
@@ -42,13 +43,16 @@ def answers_right(model: nn.Module, batch: Sequences) -> np.ndarray:
     return (wrong == 0).numpy()
 
 
-def answer_table(model: nn.Module, codebook: np.ndarray, per_kind: int = 100, seed: int = EVALUATION_SEED) -> pd.DataFrame:
+def answer_table(
+    model: Any, codebook: np.ndarray, per_kind: int = 100, seed: int = EVALUATION_SEED
+) -> pd.DataFrame:
     """Exact match by question kind: columns `kind`, `right`, `items`. One question a held-out scene."""
     device = next(model.parameters()).device
     rows = []
     for number, kind in enumerate(scenes.QUESTION_KINDS):
         rng = np.random.default_rng((seed, number))
-        found, questions = [], []
+        found: list[scenes.Scene] = []
+        questions: list[scenes.Question] = []
         while len(found) < per_kind:
             scene = scenes.draw_scenes(rng, 1, held_out=True)[0]
             question = scenes.draw_question(scene, kind, rng)
@@ -57,20 +61,26 @@ def answer_table(model: nn.Module, codebook: np.ndarray, per_kind: int = 100, se
                 questions.append(question)
         pictures = np.stack([scenes.render(s) for s in found])
         codes = images.encode(pictures, codebook).tolist()
-        tokens = [understanding_tokens([(q.text, q.answer)], c) for q, c in zip(questions, codes, strict=True)]
+        tokens = [
+            understanding_tokens([(q.text, q.answer)], c) for q, c in zip(questions, codes, strict=True)
+        ]
         right = answers_right(model, pad(tokens, pictures).to(device))
         rows.append({"kind": kind, "right": float(right.mean()), "items": per_kind})
     return pd.DataFrame(rows)
 
 
-def drawing_table(model: nn.Module, codebook: np.ndarray, per_category: int = 100, seed: int = EVALUATION_SEED) -> pd.DataFrame:
+def drawing_table(
+    model: Any, codebook: np.ndarray, per_category: int = 100, seed: int = EVALUATION_SEED
+) -> pd.DataFrame:
     """Share of prompts drawn right by category: columns `category`, `right`, `items`. One sample a prompt."""
     rows = []
     for number, category in enumerate(("single", "two", "counting", "relation", "dense")):
         rng = np.random.default_rng((seed, 100 + number))
         wanted: list[scenes.Prompt] = []
         while len(wanted) < per_category:
-            options = [p for p in scenes.prompts(scenes.draw_scenes(rng, 1, True)[0]) if p.category == category]
+            options = [
+                p for p in scenes.prompts(scenes.draw_scenes(rng, 1, True)[0]) if p.category == category
+            ]
             if options:
                 wanted.append(options[rng.integers(len(options))])
         codes = models.draw(model, [p.text for p in wanted], seed=seed + number)
@@ -81,10 +91,10 @@ def drawing_table(model: nn.Module, codebook: np.ndarray, per_category: int = 10
 
 
 @torch.no_grad()
-def curves(model: nn.Module, codebook: np.ndarray, task: str, samples: int = 256) -> pd.DataFrame:
+def curves(model: Any, codebook: np.ndarray, task: str, samples: int = 256) -> pd.DataFrame:
     """Layer curve on held-out sequences in the training format.
 
-    Columns `layer` (0-based), `mean`, `std` (over samples), `uniform` (mean flat-attention baseline), `samples`.
+    Columns `layer` (0-based), `mean`, `std` (over samples), `uniform` (flat-attention baseline), `samples`.
     """
     device = next(model.parameters()).device
     rng = np.random.default_rng((EVALUATION_SEED, 200))

@@ -27,13 +27,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum 0.95; the update is scaled by sqrt(max(1, rows/cols)). Parameters must be matrices."""
+    """Nesterov momentum 0.95; updates are scaled by sqrt(max(1, rows/cols)). Parameters must be matrices."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
+    def step(self, closure=None):
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:

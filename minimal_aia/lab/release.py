@@ -1,7 +1,7 @@
 """Turn trained runs into what the repository ships: `python -m minimal_aia.lab.release --runs runs/lab`.
 
-Seed 0 of every model becomes `data_samples/checkpoints/NAME` (by rule, never by looks); the metrics and curves
-of all seeds become tables in `data_samples/lab/`; the model card is written from those tables.
+Seed 0 of every model becomes `data_samples/checkpoints/NAME` (by rule, never by looks); the metrics and
+curves of all seeds become tables in `data_samples/lab/`; the model card is written from those tables.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minimal_aia.lab.release", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m minimal_aia.lab.release", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="folder of MODEL-seedN runs")
     parser.add_argument("--out", type=Path, default=Path("data_samples"))
     args = parser.parse_args(argv)
@@ -121,8 +123,8 @@ def card(scores: pd.DataFrame, costs: pd.DataFrame, runs: Path) -> str:
         "ROUND_TRIP": f"{100 * metrics.images.detector_error(codebook):.1f} %",
         "COSTS": per_model.reset_index().to_markdown(index=False),
         "SCORES": summary(scores).to_markdown(index=False),
-        "VERSIONS": f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()} CPU",
+        "VERSIONS": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"numpy {np.__version__}, Python {platform.python_version()}, {platform.machine()} CPU",
     }
     if (runs / "vq" / "config.json").exists():
         vqmodel = vq.JanusVQVAE.from_pretrained(runs / "vq").eval()

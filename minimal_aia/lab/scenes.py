@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def render(scene: Scene) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw. `things` are (color, shape, row or None, col or None); `relation` orders the first two."""
+    """What to draw. `things`: (color, shape, row or None, col or None); `relation` orders the first two."""
 
     text: str
     category: str  # single, two, counting, relation, dense
@@ -174,7 +175,7 @@ def prompts(scene: Scene) -> list[Prompt]:
 
 
 def draw_prompt(scene: Scene, rng: np.random.Generator) -> Prompt:
-    """One prompt for a scene: a category first, then a prompt of it, so relations do not crowd out the rest."""
+    """One prompt for a scene: first a category, then a prompt of it, so relations do not crowd out others."""
     found = prompts(scene)
     categories = sorted({p.category for p in found})
     category = categories[rng.integers(len(categories))]
@@ -182,7 +183,7 @@ def draw_prompt(scene: Scene, rng: np.random.Generator) -> Prompt:
     return chosen[rng.integers(len(chosen))]
 
 
-def _pick(rng: np.random.Generator, options: list):
+def _pick(rng: np.random.Generator, options: list) -> Any:
     return options[rng.integers(len(options))]
 
 
@@ -251,7 +252,7 @@ QUESTION_KINDS = ("color", "shape", "count", "existence", "position", "relation"
 
 
 def draw_questions(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """`count` questions with different texts, kinds in random order (kinds come back once all were tried)."""
+    """`count` questions of different texts, kinds in random order (and again once all were tried)."""
     found: list[Question] = []
     while len(found) < count:
         for kind in rng.permutation(QUESTION_KINDS):
@@ -265,7 +266,8 @@ def draw_questions(scene: Scene, count: int, rng: np.random.Generator) -> list[Q
 
 def vocabulary() -> list[str]:
     """Every word that prompts, questions and answers use, sorted."""
-    words = "a and at is there the what color shape how many where shapes are or describe image ? yes no of".split()
+    words = "a and at is there the what color shape how many where shapes are or".split()
+    words += "describe image ? yes no of".split()
     words += [*COLORS, *SHAPES, *PLURAL.values(), *ROWS, *COLS, *NUMBERS]
     words += " ".join(RELATIONS).split()
     return sorted(set(words))

@@ -78,8 +78,14 @@ def pad(rows: list[tuple[list[int], str]], pictures: np.ndarray, length: int | N
         roles[i, : len(row)] = list(role)
     query = roles == "q"
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    masks = (roles != " ", query, roles == "k", query | (roles == "e"))
-    return Sequences(torch.from_numpy(ids), *(torch.from_numpy(m) for m in masks), pixels)
+    return Sequences(
+        ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(roles != " "),
+        query_mask=torch.from_numpy(query),
+        key_mask=torch.from_numpy(roles == "k"),
+        label_mask=torch.from_numpy(query | (roles == "e")),
+        pixels=pixels,
+    )
 
 
 def draw_batch(

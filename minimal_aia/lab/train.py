@@ -1,6 +1,6 @@
 """Train the lab's models from a seed: `python -m minimal_aia.lab.train unified --seed 0`.
 
-Every step sees fresh scenes, 16 a task. The data of step t depends on (seed, task, t) alone, so a run that
+Every step sees fresh scenes, 8 a task. The data of step t depends on (seed, task, t) alone, so a run that
 was interrupted goes on with the same data, and models of one seed see the same scenes in the same order.
 """
 
@@ -12,6 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,12 @@ TASK_NUMBER = {"generation": 0, "understanding": 1}
 class Settings:
     """One set-up for all lab models; fixed before any model was trained with an AIA loss."""
 
-    steps: int = 2000
-    batch: int = 16  # sequences a task and step
-    muon_lr: float = 0.02
+    steps: int = 3000
+    batch: int = 8  # sequences a task and step
+    muon_lr: float = 0.01
     adam_lr: float = 3e-3
     warmup: int = 50
-    save_every: int = 250
+    save_every: int = 500
 
 
 def data_rng(seed: int, task: str, step: int) -> np.random.Generator:
@@ -44,7 +45,8 @@ def data_rng(seed: int, task: str, step: int) -> np.random.Generator:
 
 def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer layers, AdamW for embeddings, heads, norms and biases."""
-    muon, adam = [], []
+    muon: list[nn.Parameter] = []
+    adam: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (muon if p.ndim == 2 and ".layers." in name else adam).append(p)
@@ -74,7 +76,8 @@ def train(
 ) -> nn.Module:
     """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped."""
     settings = settings or Settings()
-    model = models.build(name, seed, vqmodel).to(device).train()
+    model: Any = models.build(name, seed, vqmodel)
+    model.to(device).train()
     if models.is_janus(model):
         model.model.vqmodel.eval()
     opts = optimizers(model, settings)
@@ -84,7 +87,9 @@ def train(
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=device)
         if state["settings"] != vars(settings):
-            raise ValueError(f"{state_file} was made with other settings: delete the folder {out} or choose another")
+            raise ValueError(
+                f"{state_file} was made with other settings: delete the folder {out} or choose another"
+            )
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
@@ -104,7 +109,9 @@ def train(
             loss.backward()
             losses[task] = loss.item()
         if not all(np.isfinite(value) for value in losses.values()):
-            raise FloatingPointError(f"{name} seed {seed}: loss {losses} at step {step}; the last state is kept")
+            raise FloatingPointError(
+                f"{name} seed {seed}: loss {losses} at step {step}; the last state is kept"
+            )
         for opt in opts:
             opt.step()
             opt.zero_grad()
@@ -143,10 +150,16 @@ def image_tokenizer(folder: Path, steps: int = 2400) -> tuple[np.ndarray, nn.Mod
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minimal_aia.lab.train", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=list(models.NAMES), help=f"any of {', '.join(models.NAMES)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m minimal_aia.lab.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "models", nargs="*", default=list(models.NAMES), help=f"any of {', '.join(models.NAMES)}"
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run a model and seed")
-    parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="parent folder; runs go to MODEL-seedN")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/lab"), help="parent folder; runs go to MODEL-seedN"
+    )
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--batch", type=int, default=Settings.batch, help="sequences a task and step")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
