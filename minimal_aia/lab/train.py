@@ -139,12 +139,12 @@ def train(
     return model
 
 
-def image_tokenizer(folder: Path, steps: int = 2400) -> tuple[np.ndarray, nn.Module]:
+def image_tokenizer(folder: Path) -> tuple[np.ndarray, nn.Module]:
     """The shared codebook and the VQ model distilled from it; made once, then read from `folder`."""
     codebook = images.fit_codebook()
     if (folder / "config.json").exists():
         return codebook, JanusVQVAE.from_pretrained(folder).eval()
-    vqmodel = vq.distill(codebook, steps=steps)
+    vqmodel = vq.distill(codebook)
     vqmodel.save_pretrained(folder)
     return codebook, vqmodel
 

@@ -20,7 +20,7 @@ from minimal_aia.lab.models import vq_config
 
 
 def distill(
-    codebook: np.ndarray, steps: int = 800, batch: int = 32, seed: int = 0, progress: bool = True
+    codebook: np.ndarray, steps: int = 2400, batch: int = 24, seed: int = 0, progress: bool = True
 ) -> JanusVQVAE:
     """A trained, frozen image tokenizer that agrees with the k-means one."""
     torch.manual_seed(seed)
