@@ -256,7 +256,8 @@ def load_inferencer(folder: Path, code: str | Path | None, device_map: Any, dtyp
         data = importlib.import_module("data.data_utils")
         transforms = importlib.import_module("data.transforms")
         for part in ("qwen2_navit", "siglip_navit"):
-            importlib.import_module(f"modeling.bagel.{part}").flash_attn_varlen_func = varlen_attention
+            attention: Any = importlib.import_module(f"modeling.bagel.{part}")
+            attention.flash_attn_varlen_func = varlen_attention
 
         text = bagel.Qwen2Config(**json.loads((folder / "llm_config.json").read_text()))
         text.qk_norm, text.tie_word_embeddings, text.layer_module = True, False, "Qwen2MoTDecoderLayer"

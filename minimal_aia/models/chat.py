@@ -34,6 +34,9 @@ class ChatAdapter(Adapter):
     """One processor call makes the batch; one forward call of the whole model reads it.
 
     Options of `load_adapter`: `image_token_id` (the placeholder's id; by default the processor's own).
+    Models that
+    also generate: `draw=True` lets the model draw the target picture of samples that are only a prompt,
+    from `seed`.
     """
 
     tasks: tuple[str, ...] = ("understanding",)
@@ -45,8 +48,12 @@ class ChatAdapter(Adapter):
         processor: Any,
         family: str = "decoder",
         image_token_id: int | None = None,
+        draw: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(name, model)
+        self.draw, self.seed = draw, seed
+        self._drawn: dict[str, Tensor] = {}
         self.family, self.processor, self.tokenizer = family, processor, processor.tokenizer
         require_offsets(self.tokenizer, name)
         if image_token_id is None:
@@ -61,18 +68,25 @@ class ChatAdapter(Adapter):
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @classmethod
-    def load(
-        cls, name: str, family: Family, image_token_id: int | None = None, **options: Any
-    ) -> ChatAdapter:
+    def load(cls, name: str, family: Family, **options: Any) -> ChatAdapter:
         import transformers
 
+        settings = {key: options.pop(key) for key in inspect.signature(cls).parameters if key in options}
         processor_class = getattr(transformers, family.processor)
         if family.processor == "AutoProcessor":
             processor = processor_class.from_pretrained(name)
         else:
             processor = load_processor(name, processor_class)
         model = load_model(name, getattr(transformers, family.model), **options)
-        return cls(display_name(name), model, processor, family.name, image_token_id)
+        return cls(display_name(name), model, processor, family.name, **settings)
+
+    def no_target(self, sample: Sample) -> str | None:
+        """Why a generation sample has nothing to teacher-force, if so."""
+        if len(sample.images) > 1:
+            return f"{len(sample.images)} target images, not one"
+        if not sample.images and not self.draw:
+            return "no target image to teacher-force (load the model with draw=True to let it draw one)"
+        return None
 
     def why_not(self, sample: Sample, task: str) -> str | None:
         reason = super().why_not(sample, task)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minimal_aia.models.base import AdapterError, Batch
 from minimal_aia.models.chat import ChatAdapter
+from minimal_aia.models.draw import own_seed
 from minimal_aia.models.text import Spans, fill, token_mask
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ class JanusAdapter(ChatAdapter):
 
     def why_not(self, sample: Sample, task: str) -> str | None:
         reason = super().why_not(sample, task)
-        if reason is None and task == "generation" and len(sample.images) != 1:
-            return "no target image; a teacher-forced pass needs one"
-        return reason
+        return self.no_target(sample) if reason is None and task == "generation" else reason
 
     def render(self, sample: Sample, task: str) -> tuple[str, Spans]:
         if task == "understanding":
@@ -56,13 +55,16 @@ class JanusAdapter(ChatAdapter):
             return_tensors="pt",
             return_offsets_mapping=True,
         )
-        pictures = [picture for row in self.pictures(samples) for picture in row]
+        if all(sample.images for sample in samples):
+            image = {"pixel_values": self.pixels(samples)}
+        else:
+            image = {"codes": torch.stack([self.codes_of(sample) for sample in samples])}
         real = tokens["attention_mask"].bool()
         return Batch(
             inputs={
                 "input_ids": tokens["input_ids"],
                 "attention_mask": tokens["attention_mask"],
-                "pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"],
+                **image,
             },
             query_mask=self.image_mask(tokens["input_ids"], task) & real,
             key_mask=token_mask(tokens["offset_mapping"], spans) & real,
@@ -70,6 +72,38 @@ class JanusAdapter(ChatAdapter):
             ids=[sample.id for sample in samples],
             task=task,
         ).to(self.device, self.dtype)
+
+    def pixels(self, samples: Sequence[Sample]) -> Tensor:
+        """The target pictures of samples. [B, 3, height, width]"""
+        pictures = [picture for row in self.pictures(samples) for picture in row]
+        made = self.processor.image_processor(pictures, return_tensors="pt")
+        return made["pixel_values"].to(self.device, self.dtype)
+
+    def codes_of(self, sample: Sample) -> Tensor:
+        """The codes of a sample's target picture, or of one that the model draws once for its prompt. [N]"""
+        if sample.images:
+            return self.image_codes(self.pixels([sample]))[0]
+        if sample.id not in self._drawn:
+            text, _ = self.render(sample, "generation")
+            prompt = self.tokenizer(text.replace(self.image_token, ""), return_tensors="pt").to(self.device)
+            settings = self.model.generation_config  # the library's class loses the first when it is saved
+            settings.generation_kwargs = {
+                "boi_token_id": self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
+            }
+            settings.pad_token_id, settings.bos_token_id = (
+                self.tokenizer.pad_token_id,
+                self.tokenizer.bos_token_id,
+            )
+            with own_seed(self.seed, sample.id, self.device):
+                self._drawn[sample.id] = self.model.generate(
+                    prompt["input_ids"],
+                    attention_mask=prompt["attention_mask"],
+                    generation_mode="image",
+                    do_sample=True,
+                    guidance_scale=5.0,
+                    max_length=prompt["input_ids"].shape[1] + self.processor.num_image_tokens,
+                )[0]
+        return self._drawn[sample.id]
 
     def image_codes(self, pixel_values: Tensor) -> Tensor:
         """The VQ codes of pictures. [B, 3, height, width] -> int [B, N]"""
@@ -93,7 +127,9 @@ class JanusAdapter(ChatAdapter):
     def forward(self, batch: Batch) -> Any:
         if batch.task != "generation":
             return super().forward(batch)
-        codes = self.image_codes(batch.inputs["pixel_values"])
+        codes = batch.inputs.get("codes")
+        if codes is None:
+            codes = self.image_codes(batch.inputs["pixel_values"])
         return self.model(
             inputs_embeds=self.generation_embeddings(batch, codes),
             attention_mask=batch.inputs["attention_mask"],

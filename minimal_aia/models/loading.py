@@ -209,20 +209,33 @@ def images_only(processor_class: Any) -> Any:
     return ImagesOnly
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside the weights; AdapterError if there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        # The library would go on with an empty vocabulary.
+        raise AdapterError(f"{name}: no usable tokenizer beside the weights (none of {', '.join(files)})")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{name}: no usable tokenizer beside the weights ({first_line(error)})") from error
+
+
 def load_processor(name: str, processor_class: Any) -> Any:
     """A processor of text and still images, with the PIL image processor (torchvision is never required)."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor
 
     cls = images_only(processor_class)
     try:
         settings, _ = cls.get_processor_dict(name)
-        parts = {
-            "image_processor": AutoImageProcessor.from_pretrained(name, backend="pil"),
-            "tokenizer": AutoTokenizer.from_pretrained(name),
-        }
+        images = AutoImageProcessor.from_pretrained(name, backend="pil")
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"{name}: no usable tokenizer and image processor beside the weights ({first_line(error)})"
+            f"{name}: no usable image processor beside the weights ({first_line(error)})"
         ) from error
+    parts = {"image_processor": images, "tokenizer": load_tokenizer(name)}
     settings.pop("video_processor", None)
     return cls.from_args_and_dict([parts[part] for part in cls.get_attributes()], settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ _ROWS = (
         ("deepseek_vl",),
         "DeepseekVLForConditionalGeneration",
         "DeepseekVLProcessor",
+    ),
+    Family(
+        "simplear",
+        "SimpleAR: image tokens in the vocabulary",
+        GENERATION,
+        "simplear:SimpleARAdapter",
+        ("SimpARForCausalLM", "qwen2"),
+        "Qwen2ForCausalLM",
     ),
     Family(
         "flux",
@@ -259,13 +268,20 @@ def load_adapter(
             f"{name}: the {row.name} family runs Python code that comes with its weights. Read that code, "
             "then pass trust_remote_code=True if you trust it"
         )
-    module, cls = row.adapter.split(":")
-    loader = getattr(importlib.import_module(f"minimal_aia.models.{module}"), cls).load
+    module, cls_name = row.adapter.split(":")
+    cls = getattr(importlib.import_module(f"minimal_aia.models.{module}"), cls_name)
+    known = set(inspect.signature(cls).parameters) | set(inspect.signature(cls.load).parameters)
+    known -= {"name", "model", "processor", "tokenizer", "pipeline", "inferencer", "family", "options"}
+    known -= set() if "generation" in row.tasks else {"draw", "seed"}
+    if unknown := sorted(set(options) - known):
+        raise AdapterError(
+            f"{name}: family {row.name!r} has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}"
+        )
     if isinstance(dtype, str):
         import torch
 
         dtype = getattr(torch, dtype)
-    return loader(
+    return cls.load(
         name,
         row,
         device=device,

@@ -412,10 +412,19 @@ def chameleon(folder: Path) -> Path:
     return save(folder, processor, config, "ChameleonForConditionalGeneration")
 
 
+def simplear(folder: Path, n_codes: int = 32) -> Path:
+    tokenizer = qwen_tokenizer(folder, ["<|t2i|>", "<|soi|>"])
+    config = transformers.Qwen2Config(
+        **{k: v for k, v in QWEN2_TEXT.items() if k != "model_type"}, vocab_size=len(tokenizer) + n_codes
+    )
+    return save(folder, tokenizer, config, "Qwen2ForCausalLM")
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "janus": janus,
     "emu3": emu3,
     "chameleon": chameleon,
+    "simplear": simplear,
     "qwen2.5-vl": qwen2_5_vl,
     "qwen3-vl": qwen3_vl,
     "qwen3-vl-moe": qwen3_vl_moe,

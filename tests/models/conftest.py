@@ -20,6 +20,7 @@ from minimal_aia.data import Sample
 from minimal_aia.models import load_adapter
 
 torch.set_num_threads(1)
+OPTIONS = {"simplear": {"n_codes": 12}}
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def adapter(checkpoint):
 
     def load(family: str):
         if family not in loaded:
-            loaded[family] = load_adapter(checkpoint(family), device="cpu")
+            loaded[family] = load_adapter(checkpoint(family), device="cpu", **OPTIONS.get(family, {}))
         return loaded[family]
 
     return load

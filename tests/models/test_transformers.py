@@ -41,7 +41,10 @@ def check_spans(adapter, batch, samples, task: str) -> None:
     for row, sample in enumerate(samples):
         texts = [answer for _, answer in sample.turns] if task == "understanding" else [sample.turns[0][0]]
         assert decoded(adapter, batch, row, words) == texts
-        is_image = batch.inputs["input_ids"][row] == adapter.image_token_id
+        ids = batch.inputs["input_ids"][row]
+        is_image = (
+            ids >= adapter.first_code if adapter.family == "simplear" else ids == adapter.image_token_id
+        )
         assert torch.equal(image[row], is_image)
         assert image[row].any()
         padding = batch.attention_mask[row] == 0
