@@ -18,6 +18,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -113,9 +114,10 @@ def draw_curve(
     if band:
         draw_band(ax, x, curve, colour)
     if uniform and curve["uniform"].notna().any():
-        ax.axhline(
-            curve["uniform"].iloc[0], color=colour, linestyle=":", lw=1.2, label=f"flat attention, {task}"
-        )
+        label = f"flat attention, {task}"  # named once a task, however many models
+        named = any(line.get_label() == label for line in ax.lines)
+        label = "_" if named else label
+        ax.axhline(curve["uniform"].iloc[0], color=colour, linestyle=":", lw=1.2, label=label)
 
 
 def draw_band(ax: Axes, x: Any, curve: pd.DataFrame, colour: str) -> None:
@@ -125,17 +127,27 @@ def draw_band(ax: Axes, x: Any, curve: pd.DataFrame, colour: str) -> None:
         ax.fill_between(x, low.clip(0), high.clip(upper=1), color=colour, alpha=0.15, lw=0)
 
 
-def draw_stages(ax: Axes, targets: Any, tasks: Sequence[str], axis: str) -> None:
-    """Boxes T ± δ of every stage, with a line at T."""
+def draw_stages(ax: Axes, targets: Any, tasks: Sequence[str], axis: str) -> list[tuple[Rectangle, Line2D]]:
+    """Boxes T ± δ of every stage, with a line at T. -> (box, line) of each stage, for `place_stage`."""
+    drawn = []
     for task in tasks:
         for i, stage in enumerate(getattr(targets, task)):
-            edges = np.array([stage.first_layer - 0.5, stage.last_layer + 0.5])
-            left, right = positions(edges, targets.n_layers, axis)
-            low, high = max(stage.target - stage.delta, 0), min(stage.target + stage.delta, 1)
-            box = Rectangle((left, low), right - left, high - low, color=COLOURS[task], alpha=0.13, lw=0)
+            box = Rectangle((0, 0), 0, 0, color=COLOURS[task], alpha=0.13, lw=0)
             box.set_label(f"target T ± δ, {task}" if i == 0 else "_")
+            line = Line2D([], [], color=COLOURS[task], lw=2.5, alpha=0.45, solid_capstyle="butt")
+            place_stage(box, line, stage, targets.n_layers, axis)
             ax.add_patch(box)
-            ax.hlines(stage.target, left, right, color=COLOURS[task], lw=2.5, alpha=0.45)
+            ax.add_line(line)
+            drawn.append((box, line))
+    return drawn
+
+
+def place_stage(box: Rectangle, line: Line2D, stage: Any, n_layers: int, axis: str) -> None:
+    """Move a stage's box and line to where the stage is now, half a layer wider than its layers."""
+    left, right = positions(np.array([stage.first_layer - 0.5, stage.last_layer + 0.5]), n_layers, axis)
+    low, high = max(stage.target - stage.delta, 0), min(stage.target + stage.delta, 1)
+    box.set_bounds(left, low, right - left, high - low)
+    line.set_data([left, right], [stage.target, stage.target])
 
 
 def plot_stages(targets: Any, *sources: Any, axis: str = "layer", ax: Axes | None = None) -> Axes:
@@ -212,10 +224,12 @@ def plot_before_after(before: Any, after: Any, reference: Any = None, targets: A
     return list(grid[0])
 
 
-def plot_heads(profile: Any, ax: Axes | None = None, title: str | None = None) -> Axes:
+def plot_heads(
+    profile: Any, type: str | None = None, ax: Axes | None = None, title: str | None = None
+) -> Axes:
     """Heat map of the mean intensity of every head (rows) in every layer (columns); the curve averages
     columns."""
-    table = profile.heads().T
+    table = profile.heads(type).T
     ax = ax if ax is not None else new_axes()
     palette = {"generation": "Blues", "understanding": "Reds"}[profile.task]
     table.columns = table.columns + 1

@@ -69,13 +69,22 @@ class IntensityProfile:
         return str(self.table["task"].iloc[0])
 
     @cached_property
+    def wide(self) -> pd.DataFrame:
+        """The values alone: samples (rows, in order) by (layer, head) columns, float64."""
+        values = self.table.set_index(["sample", "layer", "head"])["value"].astype(float)
+        if values.index.has_duplicates:
+            raise ValueError(
+                f"sample {values.index[values.index.duplicated()][0][0]} has a layer and head twice"
+            )
+        wide = values.unstack(["layer", "head"]).loc[list(dict.fromkeys(self.table["sample"]))]
+        if wide.isna().any().any():
+            raise ValueError(f"sample {wide.index[wide.isna().any(axis=1)][0]} lacks some layers or heads")
+        return wide.sort_index(axis=1)
+
+    @cached_property
     def matrix(self) -> pd.DataFrame:
         """Mean over heads: samples (rows, in order) by layers (columns)."""
-        mean = self.table.groupby(["sample", "layer"], sort=False)["value"].mean(numeric_only=True)
-        wide = mean.astype(float).unstack("layer").loc[list(dict.fromkeys(self.table["sample"]))]
-        if wide.isna().any().any():
-            raise ValueError(f"sample {wide.index[wide.isna().any(axis=1)][0]} lacks some layers")
-        return wide[sorted(wide.columns)]
+        return self.wide.T.groupby(level="layer").mean().T
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -98,27 +107,33 @@ class IntensityProfile:
         size = f"{self.n_samples} samples, {self.n_layers} layers{left_out}"
         return f"IntensityProfile({self.model}, {self.task}: {size})"
 
+    def ids(self, type: str | Sequence[str] | None = None) -> pd.Index:
+        """The samples of a type (or of several; None: all). Raises ValueError if there are none."""
+        kinds = self.samples["type"]
+        wanted = kinds.unique() if type is None else [type] if isinstance(type, str) else list(type)
+        found = kinds.index[kinds.isin(wanted)]
+        if not len(found):
+            raise ValueError(f"no sample of type {list(wanted)}; types are {sorted(kinds.unique())}")
+        return found
+
     def only(self, type: str | Sequence[str]) -> IntensityProfile:
-        """The samples of one type (or of several)."""
-        wanted = [type] if isinstance(type, str) else list(type)
-        keep = self.table["type"].fillna("").isin(wanted)
-        if not keep.any():
-            raise ValueError(f"no sample of type {wanted}; types are {sorted(self.samples['type'].unique())}")
+        """The profile of the samples of one type (or of several)."""
+        keep = self.table["sample"].isin(self.ids(type))
         return IntensityProfile(self.table[keep].reset_index(drop=True), self.skipped)
 
     def curve(self, type: str | Sequence[str] | None = None) -> pd.DataFrame:
         """The layer curve: model, task, layer, mean, std (over samples, n - 1), n, uniform (mean over
-        samples)."""
-        if type is not None:
-            return self.only(type).curve()
-        m = self.matrix
+        samples).
+        type: of the samples of this type (or of several) only."""
+        ids = self.ids(type)
+        m = self.matrix.loc[ids]
         head = {"model": self.model, "task": self.task, "layer": m.columns.to_numpy()}
         spread = {"mean": m.mean().to_numpy(), "std": m.std().to_numpy(), "n": len(m)}
-        return pd.DataFrame({**head, **spread, "uniform": self.samples["uniform"].mean()})
+        return pd.DataFrame({**head, **spread, "uniform": self.samples.loc[ids, "uniform"].mean()})
 
-    def heads(self) -> pd.DataFrame:
+    def heads(self, type: str | Sequence[str] | None = None) -> pd.DataFrame:
         """Mean over samples of every head: layers (rows) by heads (columns)."""
-        return self.table.groupby(["layer", "head"])["value"].mean().astype(float).unstack("head")
+        return self.wide.loc[self.ids(type)].mean().unstack("head")
 
     def std(self, by: str | None = None, n_bins: int = 4) -> pd.DataFrame:
         """Table 1 re-asked: standard deviation over samples at each layer; the paper prints one number a
