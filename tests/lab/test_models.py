@@ -87,7 +87,7 @@ def test_answers_right_is_greedy_decoding(built):
 
 @pytest.mark.parametrize("name", ["unified", "janus"])
 def test_drawing_follows_the_teacher_forced_logits(built, name):
-    """At temperature 0+ the sampler takes the most likely code; the teacher-forced pass must agree with it."""
+    """At temperature 0+ the sampler takes the most likely code; one teacher-forced pass must agree."""
     model = built[name]
     prompts = ["a red circle", "two blue squares", "a red circle above a blue square"]
     codes = models.draw(model, prompts, temperature=1e-4)
