@@ -86,7 +86,7 @@ class Adapter:
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
         self.model: Any = model
-        self._lengths: dict[tuple[str, str], int] = {}
+        self._lengths: dict[tuple[Sample, str], int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +119,8 @@ class Adapter:
         return None
 
     def length(self, sample: Sample, task: str) -> int:
-        """Tokens of the sample once batched, to group samples of like length. Remembered by sample id."""
-        key = (sample.id, task)
+        """Tokens of the sample once batched, to group samples of like length. Remembered."""
+        key = (sample, task)
         if key not in self._lengths:
             self._lengths[key] = int(self.collate([sample], task).attention_mask.sum())
         return self._lengths[key]

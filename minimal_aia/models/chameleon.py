@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from minimal_aia.models.base import find_layers
 from minimal_aia.models.chat import ChatAdapter
 from minimal_aia.models.text import Spans, fill
 
@@ -32,6 +29,3 @@ class ChameleonAdapter(ChatAdapter):
 
         text, spans = fill(conversation, texts, self.name)
         return text, spans[1::2]
-
-    def layers(self) -> list[nn.Module]:
-        return find_layers(self.model.model, self.model.config.num_hidden_layers)

@@ -53,7 +53,7 @@ class ChatAdapter(Adapter):
     ) -> None:
         super().__init__(name, model)
         self.draw, self.seed = draw, seed
-        self._drawn: dict[str, Tensor] = {}
+        self._drawn: dict[Sample, Tensor] = {}
         self.family, self.processor, self.tokenizer = family, processor, processor.tokenizer
         require_offsets(self.tokenizer, name)
         if image_token_id is None:
@@ -72,11 +72,7 @@ class ChatAdapter(Adapter):
         import transformers
 
         settings = {key: options.pop(key) for key in inspect.signature(cls).parameters if key in options}
-        processor_class = getattr(transformers, family.processor)
-        if family.processor == "AutoProcessor":
-            processor = processor_class.from_pretrained(name)
-        else:
-            processor = load_processor(name, processor_class)
+        processor = load_processor(name, getattr(transformers, family.processor))
         model = load_model(name, getattr(transformers, family.model), **options)
         return cls(display_name(name), model, processor, family.name, **settings)
 
@@ -162,10 +158,17 @@ class ChatAdapter(Adapter):
         return set(inspect.signature(self.model.forward).parameters)
 
     def forward(self, batch: Batch) -> Any:
-        """The model's own forward on the whole batch; logits of the last position only, to save memory."""
+        """The model's own forward on the whole batch; logits of the last position only, to save memory.
+
+        For a loss, call the model yourself with `batch.inputs`.
+        """
         short = {"logits_to_keep": 1} if "logits_to_keep" in self.accepted_inputs() else {}
         return self.model(**batch.inputs, use_cache=False, **short)
 
     def layers(self) -> list[nn.Module]:
-        config = self.model.config.get_text_config()
-        return find_layers(self.model.model.language_model, config.num_hidden_layers)
+        inner = self.model.model
+        for name in ("language_model", "text_model"):
+            if hasattr(inner, name):
+                inner = getattr(inner, name)
+                break
+        return find_layers(inner, self.model.config.get_text_config().num_hidden_layers)

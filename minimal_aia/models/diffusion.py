@@ -37,7 +37,6 @@ class DiffusionAdapter(Adapter):
     """
 
     tasks = ("generation",)
-    defaults: dict[str, Any] = {}  # noqa: RUF012  (arguments of the pipeline's call, as its authors use it)
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class DiffusionAdapter(Adapter):
         pipeline.set_progress_bar_config(disable=True)
         default = pipeline.default_sample_size * pipeline.vae_scale_factor
         self.height, self.width = height or default, width or default
-        self.call = {**self.defaults, **({"num_inference_steps": steps} if steps else {}), **(call or {})}
+        self.call = {**self.usual(), **({"num_inference_steps": steps} if steps else {}), **(call or {})}
         require_offsets(self.prompt_tokenizer, name)
 
     @classmethod
@@ -93,6 +92,10 @@ class DiffusionAdapter(Adapter):
     def prompt_tokenizer(self) -> Any:
         """The tokenizer whose tokens enter the joint sequence."""
         return self.pipeline.tokenizer
+
+    def usual(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call as its authors recommend them, where its own defaults differ."""
+        return {}
 
     def text_spans(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [B, T] of the text part of the joint sequence, its prompt tokens and its real tokens (bool
@@ -165,6 +168,11 @@ class DiffusionAdapter(Adapter):
 class FluxAdapter(DiffusionAdapter):
     """FLUX.1 dev and schnell (`FluxPipeline`): 19 double-stream blocks, then 38 single-stream blocks."""
 
+    def usual(self) -> dict[str, Any]:
+        if self.model.config.guidance_embeds:  # dev
+            return {}
+        return {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}  # schnell
+
     @property
     def prompt_tokenizer(self) -> Any:
         return self.pipeline.tokenizer_2
@@ -196,7 +204,8 @@ class QwenImageAdapter(DiffusionAdapter):
     """Qwen-Image (`QwenImagePipeline`): 60 joint blocks. The chat template's head is cut off by the
     pipeline."""
 
-    defaults = {"negative_prompt": " ", "true_cfg_scale": 4.0}  # noqa: RUF012
+    def usual(self) -> dict[str, Any]:
+        return {"negative_prompt": " ", "true_cfg_scale": 4.0}
 
     def text_spans(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         template, cut = self.pipeline.prompt_template_encode, self.pipeline.prompt_template_encode_start_idx

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minimal_aia.models.base import Batch, find_layers
+from minimal_aia.models.base import Batch
 from minimal_aia.models.chat import ChatAdapter
 from minimal_aia.models.draw import draw_tokens, own_seed
 from minimal_aia.models.text import Spans, token_mask
@@ -104,7 +104,7 @@ class Emu3Adapter(ChatAdapter):
     def _draw(self, sample: Sample, height: int, width: int) -> Tensor:
         """Draw rows of codes, each closed by the line end, after the prompt; guidance 3, best 2048, as its
         authors."""
-        if sample.id not in self._drawn:
+        if sample not in self._drawn:
             vocabulary: dict[str, int] = self.model.config.vocabulary_map
             codes = torch.zeros(
                 self.model.config.text_config.vocab_size, dtype=torch.bool, device=self.device
@@ -121,7 +121,7 @@ class Emu3Adapter(ChatAdapter):
                 for words in (sample.turns[0][0], "")
             )
             with own_seed(self.seed, sample.id, self.device):
-                self._drawn[sample.id] = draw_tokens(
+                self._drawn[sample] = draw_tokens(
                     self.model,
                     prompt,
                     height * (width + 1),
@@ -130,7 +130,7 @@ class Emu3Adapter(ChatAdapter):
                     negative=negative,
                     top_k=2048,
                 )
-        return self._drawn[sample.id]
+        return self._drawn[sample]
 
     def _codes(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Codes and line ends of pictures, one after the other. [I, 3, height, width], [I, 2] -> int [N]
@@ -156,7 +156,3 @@ class Emu3Adapter(ChatAdapter):
         return self.model(
             input_ids=self.token_ids(batch), attention_mask=mask, use_cache=False, logits_to_keep=1
         )
-
-    def layers(self) -> list[nn.Module]:
-        text: Any = self.model.model.text_model
-        return find_layers(text, text.config.num_hidden_layers)

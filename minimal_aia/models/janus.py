@@ -83,7 +83,7 @@ class JanusAdapter(ChatAdapter):
         """The codes of a sample's target picture, or of one that the model draws once for its prompt. [N]"""
         if sample.images:
             return self.image_codes(self.pixels([sample]))[0]
-        if sample.id not in self._drawn:
+        if sample not in self._drawn:
             text, _ = self.render(sample, "generation")
             prompt = self.tokenizer(text.replace(self.image_token, ""), return_tensors="pt").to(self.device)
             settings = self.model.generation_config  # the library's class loses the first when it is saved
@@ -95,7 +95,7 @@ class JanusAdapter(ChatAdapter):
                 self.tokenizer.bos_token_id,
             )
             with own_seed(self.seed, sample.id, self.device):
-                self._drawn[sample.id] = self.model.generate(
+                self._drawn[sample] = self.model.generate(
                     prompt["input_ids"],
                     attention_mask=prompt["attention_mask"],
                     generation_mode="image",
@@ -103,7 +103,7 @@ class JanusAdapter(ChatAdapter):
                     guidance_scale=5.0,
                     max_length=prompt["input_ids"].shape[1] + self.processor.num_image_tokens,
                 )[0]
-        return self._drawn[sample.id]
+        return self._drawn[sample]
 
     def image_codes(self, pixel_values: Tensor) -> Tensor:
         """The VQ codes of pictures. [B, 3, height, width] -> int [B, N]"""

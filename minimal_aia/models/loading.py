@@ -182,6 +182,8 @@ def load_model(
         model, info = model_class.from_pretrained(
             name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
+    except torch.OutOfMemoryError as error:
+        raise AdapterError(f"{name}: too little memory while loading it on {device_map or device}") from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{name}: its weights could not be read ({first_line(error)}); download them again"
@@ -225,17 +227,25 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_processor(name: str, processor_class: Any) -> Any:
-    """A processor of text and still images, with the PIL image processor (torchvision is never required)."""
-    from transformers import AutoImageProcessor
+    """A processor of text and still images, with the PIL image processor (torchvision is never required).
 
-    cls = images_only(processor_class)
+    processor_class: the library's class; for `AutoProcessor`, the class that the folder names.
+    """
+    import transformers
+
     try:
-        settings, _ = cls.get_processor_dict(name)
-        images = AutoImageProcessor.from_pretrained(name, backend="pil")
+        settings, _ = transformers.ProcessorMixin.get_processor_dict(name)
+        named = str(settings.get("processor_class"))
+        if processor_class is transformers.AutoProcessor and not hasattr(transformers, named):
+            return processor_class.from_pretrained(name)
+        if processor_class is transformers.AutoProcessor:
+            processor_class = getattr(transformers, named)
+        images = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"{name}: no usable image processor beside the weights ({first_line(error)})"
         ) from error
-    parts = {"image_processor": images, "tokenizer": load_tokenizer(name)}
+    cls = images_only(processor_class)
     settings.pop("video_processor", None)
+    parts = {"image_processor": images, "tokenizer": load_tokenizer(name)}
     return cls.from_args_and_dict([parts[part] for part in cls.get_attributes()], settings)

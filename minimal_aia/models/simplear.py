@@ -63,7 +63,7 @@ class SimpleARAdapter(Adapter):
                 f"{name}: no image codes in its vocabulary ({model.config.vocab_size} entries, the first "
                 f"code would be {self.first_code}); it is not a SimpleAR model, or first_code= is needed"
             )
-        self._drawn: dict[str, list[int]] = {}
+        self._drawn: dict[Sample, list[int]] = {}
 
     @classmethod
     def load(cls, name: str, family: Family, **options: Any) -> SimpleARAdapter:
@@ -86,7 +86,7 @@ class SimpleARAdapter(Adapter):
             if not codes or max(codes) >= self.model.config.vocab_size or min(codes) < self.first_code:
                 raise AdapterError(f"{sample.id}: image_codes gave codes outside the vocabulary")
             return codes
-        if sample.id not in self._drawn:
+        if sample not in self._drawn:
             allowed = torch.arange(self.model.config.vocab_size, device=self.device) >= self.first_code
             negative = torch.tensor([self.tokenizer(self.negative)["input_ids"]], device=self.device)
             with own_seed(self.seed, sample.id, self.device):
@@ -98,8 +98,8 @@ class SimpleARAdapter(Adapter):
                     guidance=self.guidance,
                     negative=negative,
                 )
-            self._drawn[sample.id] = drawn.tolist()
-        return self._drawn[sample.id]
+            self._drawn[sample] = drawn.tolist()
+        return self._drawn[sample]
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         self.check(samples, task)

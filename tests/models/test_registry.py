@@ -12,6 +12,7 @@ from checkpoints import MAKERS
 
 from minimal_aia.data import Sample
 from minimal_aia.models import FAMILIES, AdapterError, load_adapter, loading, support_table
+from minimal_aia.profiles import profile
 
 
 @pytest.mark.parametrize("family", list(MAKERS))
@@ -49,6 +50,11 @@ def test_generic_decoder_needs_only_the_image_token_id(checkpoint, samples, monk
     with torch.no_grad(), unknown.capture(b) as record:
         unknown.forward(b)
     assert record.n_layers == 3
+    # The class of a processor that also takes video is found from the folder, and needs no torchvision.
+    folder = checkpoint("qwen3-vl")
+    token = load_adapter(folder, device="cpu").image_token_id
+    video = load_adapter(folder, family="decoder", device="cpu", image_token_id=token)
+    assert video.collate(samples["understanding"], "understanding").key_mask.any()
 
 
 def test_support_table_has_a_row_a_family():
@@ -174,6 +180,20 @@ def test_too_little_memory(checkpoint, monkeypatch):
     )
     free.available = need + 1
     load_adapter(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("family", "task"), [("janus", "generation"), ("internvl", "understanding")])
+def test_profile_runs_on_any_adapter(adapter, samples, family, task):
+    table = profile(adapter(family), samples[task], task, batch_size=2, progress=False).table
+    assert len(table) == 3 * 4 * 2
+    assert table["value"].between(0, 1).all()
+    assert set(table["sample"]) == {s.id for s in samples[task]}
+
+
+def test_samples_of_other_files_with_the_same_name_are_kept_apart(adapter, samples):
+    model, sample = adapter("chameleon"), samples["understanding"][1]
+    longer = Sample(sample.id, sample.task, (("describe", "word " * 30 + "end"),), sample.images)
+    assert model.length(longer, "understanding") > model.length(sample, "understanding") + 29
 
 
 def test_samples_a_model_cannot_use(adapter, samples, pictures):
