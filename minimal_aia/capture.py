@@ -144,22 +144,21 @@ def _attention(
         if kwargs.get(unsupported) is not None:
             raise NotImplementedError(f"{type(module).__name__} attends with `{unsupported}`: not supported")
 
-    spans = [c.spans(query.shape[0], query.shape[2], key.shape[2]) for c in calls]
-    spans = [(queries.to(query.device), keys.to(query.device)) for queries, keys in spans]
+    spans = [c.spans(query.shape[0], query.shape[2], key.shape[2], query.device) for c in calls]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     out, mass = attention_with_intensity(
         query,
         key,
         value,
-        torch.stack([keys for _, keys in spans], dim=1),
+        torch.stack([span.keys for span in spans], dim=1),
         attn_mask=attention_mask,
         is_causal=attention_mask is None and query.shape[2] > 1 and is_causal,
         scale=scaling,
         dropout_p=dropout,
     )  # [B, H, Q, Dv], [B, G, H, Q]
-    for group, (c, (queries, keys)) in enumerate(zip(calls, spans, strict=True)):
-        c.report(layer, mean_over_queries(mass[:, group], queries, keys))
+    for group, (c, span) in enumerate(zip(calls, spans, strict=True)):
+        c.report(layer, mean_over_queries(mass[:, group], span.queries, span.whole_keys))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -241,13 +240,13 @@ def _text_decoder(model: nn.Module) -> tuple[Any, dict[int, nn.Module]]:
         ]
 
     found = causal_attentions(model)
-    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    holders = [m for m in holders if len(causal_attentions(m)) == len(found)]
-    if not found or not holders:
-        raise ValueError(
-            f"{type(model).__name__} holds no transformers text decoder: no causal attention with a layer_idx"
-        )
     by_layer = {m.layer_idx: m for m in found}
     if len(by_layer) < len(found):
         raise ValueError(f"{type(model).__name__} holds several text decoders: pass the one you mean")
+    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    holders = [m for m in holders if found and len(causal_attentions(m)) == len(found)]
+    if not holders:
+        raise ValueError(
+            f"{type(model).__name__} holds no transformers text decoder: no causal attention with a layer_idx"
+        )
     return holders[-1], by_layer

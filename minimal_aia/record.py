@@ -6,11 +6,21 @@ A span is a bool mask `[B, S]` over the whole sequence that the text decoder see
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Spans(NamedTuple):
+    """The spans as one attention call sees them, on its device."""
+
+    queries: Tensor  # [B, Q]
+    keys: Tensor  # [B, K]
+    whole_keys: (
+        Tensor  # [B, S]: a sample is empty if it has no key anywhere, not if a window has slid past them
+    )
 
 
 class Call:
@@ -58,8 +68,8 @@ class Call:
     def wants(self, layer: int) -> bool:
         return self._wanted is None or layer in self._wanted
 
-    def spans(self, batch: int, n_query: int, n_key: int) -> tuple[Tensor, Tensor]:
-        """The part of the spans that one attention call sees: queries `[B, Q]`, keys `[B, K]`.
+    def spans(self, batch: int, n_query: int, n_key: int, device: torch.device) -> Spans:
+        """The part of the spans that concerns an attention call of `n_query` queries and `n_key` keys.
 
         Raises:
             ValueError: if the masks do not fit the tensors that the decoder attends with.
@@ -77,7 +87,8 @@ class Call:
             )
         first = max(end - n_key, 0)
         keys = F.pad(self.key_mask[:, first:end], (0, n_key - (end - first)))
-        return self.query_mask[:, end - n_query : end], keys
+        queries = self.query_mask[:, end - n_query : end]
+        return Spans(queries.to(device), keys.to(device), self.key_mask.to(device))
 
     def report(self, layer: int, heads: Tensor) -> None:
         """Take a layer's `[B, H]`. A checkpointed layer reports again in backward: the first counts."""
