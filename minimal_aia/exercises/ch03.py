@@ -1,4 +1,4 @@
-"""Exercises of notebook 03: Eq. 2, its gradient, the gradient through a softmax, stages, targets of one's own.
+"""Exercises of notebook 03: Eq. 2, its gradient, the way through a softmax, stages, targets of one's own.
 
 `check_NAME(your_function)` for each; `CASES["NAME"]` holds the inputs and what the solution gives for them.
 """
@@ -36,7 +36,7 @@ _NUMBERS: dict[str, tuple[list[list[float]], list[float], list[float]]] = {
 _HINT = "x = I - T, layer by layer: inside δ it is x²/2, outside δ·|x| - δ²/2; mean over layers and samples"
 
 
-def _inputs(name: str) -> dict[str, Tensor]:
+def _inputs(name: str) -> dict[str, Any]:
     intensity, target, delta = (torch.tensor(rows) for rows in _NUMBERS[name])
     return {"intensity": intensity, "target": target, "delta": delta}
 
@@ -61,7 +61,7 @@ def _huber_loss() -> list[Case]:
     return cases
 
 
-def _at_intensity(inputs: dict[str, Tensor], **options: Any) -> Tensor:
+def _at_intensity(inputs: dict[str, Any], **options: Any) -> Tensor:
     leaf = inputs["intensity"].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(aia_loss(**{**inputs, "intensity": leaf}, **options), leaf)
     return gradient
@@ -130,9 +130,9 @@ def _cut_and_judged(function: Callable, inputs: dict[str, Any]) -> Any:
         return f"{bands}: not each layer 0..{len(curve) - 1} once, in order"
     if len(bands) != n or any(first > last for first, last in bands):
         return f"{bands}: not {n} bands of a layer or more"
-    best = cut(curve, n)
-    if _squares(curve, bands) > _squares(curve, best) + 1e-9:
-        return f"{bands}, which miss the curve by {_squares(curve, bands):.4f}; the best by {_squares(curve, best):.4f}"
+    mine, best = _squares(curve, bands), _squares(curve, cut(curve, n))
+    if mine > best + 1e-9:
+        return f"{bands}, which miss the curve by {mine:.4f}; the best by {best:.4f}"
     return "the best bands"
 
 

@@ -3,8 +3,8 @@
 paper        queries: the other modality's own tokens, keys: prompt words or picture (Eq. 1, section 3.1)
 predicting   the same keys; queries are the positions that *predict* those tokens, one to the left
 code         the training loss of the released code (its models/modeling_vlm.py, trainer/trainer_t2i.py and
-             dataset/t2i_dataset.py): generation keys are the whole templated prompt from <bos> on, without the
-             begin-of-image marker, and the last image query is dropped; understanding keys start at the
+             dataset/t2i_dataset.py): generation keys are the whole templated prompt from <bos> on, without
+             the begin-of-image marker, and the last image query is dropped; understanding keys start at the
              begin-of-image marker and miss the last image token, and the last turn's <eos> is a query too
 code-plots   its plotting scripts (gen_plot.py, und_plot.py): keys from <bos> or the begin-of-image marker to
              the last token before the other modality, so the marker counts as text, or as picture
