@@ -52,7 +52,7 @@ class LabAdapter(Adapter):
         from minimal_aia.lab import images, sequences
 
         self.check(samples, task)
-        pictures = np.stack([_picture(s.images[0]) for s in samples])
+        pictures = np.stack([p for s in samples if (p := _picture(s.images[0])) is not None])
         codes = images.encode(pictures, self.codebook).tolist()
         if task == "generation":
             rows = [
@@ -114,6 +114,7 @@ def load_lab(name: str, **where: Any) -> LabAdapter:
             f"the lab model {short!r} is not in {folder.parent.name}/{folder.name}: work from a clone of the "
             "repository, or make it with `python -m minimal_aia.lab.train` and give its folder"
         )
+    model: Any
     model, codebook = models.load(folder)
     device, dtype = where.get("device"), where.get("dtype")
     model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
