@@ -41,8 +41,15 @@ def style() -> Iterator[None]:
         "figure.dpi": 100,
         "savefig.dpi": 150,
     }
-    with sns.axes_style("whitegrid", {"grid.color": "0.9", "axes.edgecolor": "0.6"}), plt.rc_context(size):
-        yield
+    # Not plt.rc_context: it also takes back `interactive`, which Jupyter's backend sets when the first figure
+    # is made, and then no later figure of the notebook would be shown.
+    before = {name: plt.rcParams[name] for name in size}
+    with sns.axes_style("whitegrid", {"grid.color": "0.9", "axes.edgecolor": "0.6"}):
+        plt.rcParams.update(size)
+        try:
+            yield
+        finally:
+            plt.rcParams.update(before)
 
 
 def positions(layer: Any, n_layers: int, axis: str) -> Any:

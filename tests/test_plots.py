@@ -201,3 +201,16 @@ def test_importing_the_package_imports_neither_matplotlib_nor_pandas():
     code = "import sys, minimal_aia; print({'matplotlib', 'pandas', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_style_gives_back_its_settings_and_no_others():
+    """Jupyter's backend turns `interactive` on when the first figure is made: if undone, no later one shows."""
+    try:
+        with plt.rc_context({"font.size": 3, "axes.grid": False}):
+            with plots.style():
+                assert (plt.rcParams["font.size"], plt.rcParams["axes.grid"]) == (10, True)
+                plt.ion()
+            assert (plt.rcParams["font.size"], plt.rcParams["axes.grid"]) == (3, False)
+            assert plt.isinteractive()
+    finally:
+        plt.ioff()
