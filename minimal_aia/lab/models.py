@@ -51,6 +51,7 @@ WIDTH, LAYERS, HEADS = 64, 8, 4
 # About 1/sqrt(width): with the usual 0.02, attention this narrow starts flat and needs thousands of steps to
 # find the picture (measured: understanding loss .52 against .26 after 800 steps).
 INIT = 0.1
+FROZEN = ("vqmodel", "vision_model")  # the parts of the Janus-like model that are trained beforehand
 VQ_DIM = 16  # width of a code in the Janus image tokenizer
 
 
@@ -71,8 +72,8 @@ def _text_config(vocabulary: int) -> LlamaConfig:
     )
 
 
-def build(name: str, seed: int = 0, vqmodel: nn.Module | None = None) -> PreTrainedModel:
-    """An untrained lab model. `vqmodel`: for `janus`, the trained image tokenizer to freeze inside."""
+def build(name: str, seed: int = 0, parts: dict[str, nn.Module] | None = None) -> PreTrainedModel:
+    """An untrained lab model. `parts`: pretrained `vqmodel` and `vision_model` to freeze inside `janus`."""
     torch.manual_seed(seed)
     if name not in NAMES:
         raise ValueError(f"unknown lab model {name!r}: one of {', '.join(NAMES)}")
@@ -98,10 +99,16 @@ def build(name: str, seed: int = 0, vqmodel: nn.Module | None = None) -> PreTrai
             image_token_id=IMAGE,
         )
     )
-    if vqmodel is not None:
-        model.model.vqmodel.load_state_dict(vqmodel.state_dict())
-    model.model.vqmodel.requires_grad_(False)
+    for part, trained in (parts or {}).items():
+        getattr(model.model, part).load_state_dict(trained.state_dict())
+    freeze(model)
     return model
+
+
+def freeze(model: Any) -> None:
+    """Keep the pretrained parts of a Janus-like model as they are; call again after `model.train()`."""
+    for part in FROZEN:
+        getattr(model.model, part).requires_grad_(False).eval()
 
 
 def vq_config() -> dict:

@@ -12,10 +12,12 @@ import platform
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import transformers
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minimal_aia.lab import images, metrics, models, vq
@@ -103,10 +105,40 @@ def main(argv: list[str] | None = None) -> None:
     lab.mkdir(parents=True, exist_ok=True)
     table = pd.concat(scores, ignore_index=True)
     table.to_csv(lab / "metrics.csv", index=False)
-    pd.concat(shapes, ignore_index=True).to_csv(lab / "curves.csv", index=False)
+    curves = pd.concat(shapes, ignore_index=True)
+    curves.to_csv(lab / "curves.csv", index=False)
+    figure(curves).savefig(lab / "curves.png", dpi=130)
     log = [{"model": c["name"], "seed": c["seed"], **row} for c in costs for row in c["log"]]
     pd.DataFrame(log).to_csv(lab / "training_loss.csv", index=False, float_format="%.4f")
     (args.out / "checkpoints" / "MODEL_CARD.md").write_text(card(table, pd.DataFrame(costs), args.runs))
+
+
+def figure(curves: pd.DataFrame) -> Figure:
+    """The paper's Fig. 1 for the lab: one panel a degree of decoupling, every seed thin, their mean bold."""
+    from minimal_aia import plots
+
+    kind = {"generation": "task-specific", "understanding": "task-specific"}
+    panels = curves.assign(panel=[kind.get(name, name) for name in curves.model])
+    names = [n for n in ("unified", "janus", "task-specific") if n in set(panels.panel)]
+    with plots.style():
+        fig, axes = plt.subplots(
+            1, len(names), figsize=(3.7 * len(names), 3.2), sharey=True, squeeze=False, layout="constrained"
+        )
+    for ax, name in zip(axes[0], names, strict=True):
+        for task in plots.TASKS:
+            mine = panels[(panels.panel == name) & (panels.task == task)]
+            look = {"color": plots.COLOURS[task], "linestyle": plots.LINES[task]}
+            for _, one in mine.groupby("seed"):
+                ax.plot(one.layer + 1, one["mean"], lw=0.7, alpha=0.45, **look)
+            mean = mine.groupby("layer")[["mean", "uniform"]].mean()
+            ax.plot(
+                mean.index + 1, mean["mean"], lw=2.2, marker=plots.MARKERS[task], ms=4, label=task, **look
+            )
+            ax.plot(mean.index + 1, mean.uniform, lw=1, color=plots.COLOURS[task], linestyle=":")
+        plots.finish(ax, "layer", {"unified": "purely unified", "janus": "encoder-decoupled"}.get(name, name))
+        ax.set_ylabel("intensity $I_l$" if ax is axes[0][0] else "")
+    axes[0][0].legend(loc="best")
+    return fig
 
 
 def card(scores: pd.DataFrame, costs: pd.DataFrame, runs: Path) -> str:
@@ -126,8 +158,8 @@ def card(scores: pd.DataFrame, costs: pd.DataFrame, runs: Path) -> str:
         "VERSIONS": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"numpy {np.__version__}, Python {platform.python_version()}, {platform.machine()} CPU",
     }
-    if (runs / "vq" / "config.json").exists():
-        vqmodel = vq.JanusVQVAE.from_pretrained(runs / "vq").eval()
+    if (runs / "parts" / "vqmodel" / "config.json").exists():
+        vqmodel = vq.JanusVQVAE.from_pretrained(runs / "parts" / "vqmodel").eval()
         facts["VQ"] = ", ".join(f"{k} {v:.3f}" for k, v in vq.agreement(vqmodel, codebook).items())
     text = NOTES.read_text()
     for key, value in facts.items():

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.models.janus.modeling_janus import JanusVQVAE
+from transformers.models.janus.modeling_janus import JanusVisionModel, JanusVQVAE
 
-from minimal_aia.lab import images, models, vq
+from minimal_aia.lab import images, models, vision, vq
 from minimal_aia.lab.muon import Muon
 from minimal_aia.lab.sequences import draw_batch
 
@@ -70,16 +70,16 @@ def train(
     out: Path,
     codebook: np.ndarray,
     settings: Settings | None = None,
-    vqmodel: nn.Module | None = None,
+    parts: dict[str, nn.Module] | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> nn.Module:
     """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped."""
     settings = settings or Settings()
-    model: Any = models.build(name, seed, vqmodel)
+    model: Any = models.build(name, seed, parts)
     model.to(device).train()
     if models.is_janus(model):
-        model.model.vqmodel.eval()
+        models.freeze(model)
     opts = optimizers(model, settings)
     log: list[dict] = []
     start, seconds = 0, 0.0
@@ -139,14 +139,18 @@ def train(
     return model
 
 
-def image_tokenizer(folder: Path) -> tuple[np.ndarray, nn.Module]:
-    """The shared codebook and the VQ model distilled from it; made once, then read from `folder`."""
-    codebook = images.fit_codebook()
-    if (folder / "config.json").exists():
-        return codebook, JanusVQVAE.from_pretrained(folder).eval()
-    vqmodel = vq.distill(codebook)
-    vqmodel.save_pretrained(folder)
-    return codebook, vqmodel
+def frozen_parts(folder: Path, codebook: np.ndarray) -> dict[str, Any]:
+    """The Janus-like model's image tokenizer and vision encoder; made once for all seeds, then read back."""
+    makers = {
+        "vqmodel": (JanusVQVAE, lambda: vq.distill(codebook)),
+        "vision_model": (JanusVisionModel, lambda: vision.pretrain()[0]),
+    }
+    parts = {}
+    for name, (kind, make) in makers.items():
+        if not (folder / name / "config.json").exists():
+            make().save_pretrained(folder / name)
+        parts[name] = kind.from_pretrained(folder / name).eval()
+    return parts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,16 +172,15 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown model {', '.join(sorted(unknown))}: choose from {', '.join(models.NAMES)}")
     settings = Settings(steps=args.steps, batch=args.batch)
-    codebook, vqmodel = images.fit_codebook(), None
-    if "janus" in args.models:
-        codebook, vqmodel = image_tokenizer(args.out / "vq")
+    codebook = images.fit_codebook()
+    parts = frozen_parts(args.out / "parts", codebook) if "janus" in args.models else None
     for seed in args.seed:
         for name in args.models:
             out = args.out / f"{name}-seed{seed}"
             if (out / "training.json").exists():
                 print(f"{out}: already trained")
                 continue
-            train(name, seed, out, codebook, settings, vqmodel, args.device)
+            train(name, seed, out, codebook, settings, parts, args.device)
             print(f"{out}: done")
 
 
