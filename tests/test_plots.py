@@ -204,7 +204,7 @@ def test_importing_the_package_imports_neither_matplotlib_nor_pandas():
 
 
 def test_style_gives_back_its_settings_and_no_others():
-    """Jupyter's backend turns `interactive` on when the first figure is made: if undone, no later one shows."""
+    """Jupyter turns `interactive` on when the first figure is made: if undone, no later figure shows."""
     try:
         with plt.rc_context({"font.size": 3, "axes.grid": False}):
             with plots.style():
