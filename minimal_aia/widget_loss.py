@@ -86,7 +86,7 @@ class _LossWidget(W.VBox):
         view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
         hint = "Loss widget: run this cell to move the sliders; its picture is below."
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": hint}, raw=True)
-        png = b64encode(self.image.value).decode()  # `display(raw=True)` encodes nothing by itself
+        png = b64encode(self.image.value).decode()  # as nbformat wants it: raw bytes make an invalid notebook
         display({"image/png": png, "text/plain": "Loss widget, static copy"}, raw=True)
 
 

@@ -7,6 +7,7 @@ reached and moved with the keyboard.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -294,4 +295,5 @@ class Explorer(W.VBox):
         view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
         hint = "AIA explorer: run this cell to move the stages; its picture is below."
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": hint}, raw=True)
-        display({"image/png": self.image.value, "text/plain": "AIA explorer, static copy"}, raw=True)
+        png = b64encode(self.image.value).decode()  # as nbformat wants it: raw bytes make an invalid notebook
+        display({"image/png": png, "text/plain": "AIA explorer, static copy"}, raw=True)

@@ -274,8 +274,7 @@ def test_displaying_adds_a_static_picture(explorer, monkeypatch):
     explorer._ipython_display_()
     assert set(shown[0]) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
     assert shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.model_id
-    png = shown[1]["image/png"]
-    png = base64.b64decode(png) if isinstance(png, str) else png
+    png = base64.b64decode(shown[1]["image/png"])
     assert Image.open(BytesIO(png)).format == "PNG"
 
 
