@@ -162,9 +162,9 @@ def data(root: Path = ROOT) -> Iterator[Check]:
             yield Check(
                 f"data_samples/{name}", "FAIL", str(error).replace(str(root), ".").splitlines()[0], remedy
             )
-    curves = sorted(folder.glob("published_curves/*.csv"))
+    curves = sorted(folder.glob("published/*.csv"))
     yield Check(
-        "data_samples/published_curves",
+        "data_samples/published",
         "OK" if curves else "FAIL",
         f"{len(curves)} files",
         "" if curves else remedy,

@@ -185,7 +185,10 @@ def plot_panels(*sources: Any, targets: Any = None, columns: int = 3, **options:
     for ax in grid.flat[len(labels) :]:
         ax.set_visible(False)
     handles = {
-        label.split(", ")[-1]: h for ax in grid.flat for h, label in zip(*ax.get_legend_handles_labels())
+        label.split(", ")[-1]: h
+        for ax in grid.flat
+        for h, label in zip(*ax.get_legend_handles_labels())
+        if not label.startswith(("flat attention", "target"))
     }
     names = [task for task in TASKS if task in handles]
     grid.flat[0].legend([handles[name] for name in names], names, loc="best")
