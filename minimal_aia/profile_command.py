@@ -65,6 +65,7 @@ def add_profile(commands: Any) -> argparse.ArgumentParser:
     add("--family", help="the model's family, if its config does not tell")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
+    add("--draw", action="store_true", help="let the model draw the pictures that prompt-only samples lack")
     add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
     add("--skip-bad", action="store_true", help="leave out lines of FILE that cannot be read, and count them")
     add("--processes", type=positive, metavar="N", help="stop unless N processes were started (see above)")
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         load_in_4bit=args.load_in_4bit,
         trust_remote_code=args.trust_remote_code,
+        **({"draw": True, "seed": args.seed or 0} if args.draw else {}),
     )
     result = aia.profile(
         adapter, samples, args.task, batch_size=args.batch_size, out=args.out, seed=args.seed or 0
@@ -166,10 +168,10 @@ def check_task(model: str, family: str | None, task: str) -> None:
     """The task against the model's family, from its config alone. Lab models load at once and say it then."""
     if model.startswith("lab/"):
         return
-    from minimal_aia.models.loading import read_config
+    from minimal_aia.models.loading import read_types
     from minimal_aia.models.registry import find_family
 
-    row = find_family(model, read_config(model)[0], family)
+    row = find_family(model, read_types(model), family)
     if task not in row.tasks:
         raise ValueError(f"{model}: the {row.name} family does {' and '.join(row.tasks)}, not {task}")
 

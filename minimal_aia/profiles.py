@@ -141,9 +141,14 @@ def _usable(adapter: Adapter, samples: Iterable[Sample], task: str) -> tuple[lis
 
 
 def _plan(adapter: Adapter, samples: list[Sample], task: str, batch_size: int) -> list[list[Sample]]:
-    """Batches of like length, so that little is padded; longest first, so that too little memory shows at
-    once."""
-    by_length = sorted(samples, key=lambda s: (-adapter.length(s, task), s.id))
+    """Batches of like length, so that little is padded; longest first: too little memory shows at once."""
+
+    def size(sample: Sample) -> int:
+        # A missing picture would have to be drawn to be counted; a model draws all in one size anyway.
+        drawn = getattr(adapter, "draw", False) and task == "generation" and not sample.images
+        return len(sample.turns[0][0]) if drawn else adapter.length(sample, task)
+
+    by_length = sorted(samples, key=lambda s: (not s.images, -size(s), s.id))
     return [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
 
 
@@ -152,7 +157,8 @@ def _facts(adapter: Adapter, plan: list[list[Sample]], task: str, seed: int) -> 
     device = next((p.device.type for p in adapter.model.parameters()), "cpu")
     batches = [[(s.id, s.turns, [p.name for p in s.images], s.type) for s in batch] for batch in plan]
     who = {"model": adapter.name, "family": adapter.family, "device": device}
-    return {**who, "task": task, "seed": seed, "plan": batches}
+    drawing = {"draw": getattr(adapter, "draw", False), "draw_seed": getattr(adapter, "seed", None)}
+    return {**who, **drawing, "task": task, "seed": seed, "plan": batches}
 
 
 def _measure(adapter: Adapter, samples: list[Sample], task: str) -> dict[str, Any]:

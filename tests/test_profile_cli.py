@@ -107,9 +107,12 @@ def test_options_reach_the_loader(samples, loaded):
             "trust_remote_code": True,
         },
     )
+    assert main(arguments(samples, "--draw", "--seed", "3")) == 0
+    assert (loaded[1][1]["draw"], loaded[1][1]["seed"]) == (True, 3)
     assert main(arguments(samples)) == 0
-    assert loaded[1][1]["trust_remote_code"] is False
-    assert loaded[1][1]["load_in_4bit"] is False
+    assert "draw" not in loaded[2][1]
+    assert loaded[2][1]["trust_remote_code"] is False
+    assert loaded[2][1]["load_in_4bit"] is False
 
 
 def ids(out: Path) -> list[str]:

@@ -297,6 +297,29 @@ def test_uniform_by_hand_and_with_other_visibility():
     assert uniform_intensity(query & False, key, mask).isnan().all()
 
 
+def test_an_adapter_that_is_not_causal_says_what_its_queries_see():
+    class Bidirectional(FakeAdapter):
+        def visible(self, batch):
+            return batch.attention_mask.bool()[:, None, :].expand(-1, batch.attention_mask.shape[1], -1)
+
+    table = profile(Bidirectional(), generation(3), "generation", progress=False).table
+    real = table["n_query"] + table["n_key"] + 2  # begin, picture start
+    np.testing.assert_allclose(table["uniform"], table["n_key"] / real)
+
+
+def test_pictures_to_be_drawn_are_not_drawn_to_plan_batches():
+    class Drawing(FakeAdapter):
+        draw = True
+
+        def length(self, sample, task):
+            pytest.fail("asking for the length would draw the picture")
+
+    adapter = Drawing()
+    profile(adapter, generation(6), "generation", batch_size=2, progress=False)
+    assert adapter.n_forward == 3
+    assert [width for _, width in adapter.sizes] == sorted((w for _, w in adapter.sizes), reverse=True)
+
+
 # The questions a profile answers
 
 
