@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,8 +97,10 @@ def difference(result: Any, expected: Any, tolerance: float) -> str:
             return f"expected {len(expected)} values, got {_short(result)}"
         parts = (difference(r, e, tolerance) for r, e in zip(result, expected))
         return next((f"value {i + 1}: {part}" for i, part in enumerate(parts) if part), "")
-    if not isinstance(expected, Tensor | int | float):
-        return "" if result == expected else f"expected {_short(expected)}, got {_short(result)}"
+    if not isinstance(expected, Tensor | np.ndarray | int | float):
+        # a table compares cell by cell, so `==` gives no yes or no
+        same = expected.equals(result) if hasattr(expected, "equals") else result == expected
+        return "" if same else f"expected {_short(expected)}, got {_short(result)}"
     expected = torch.as_tensor(expected)
     try:
         result = torch.as_tensor(result)
