@@ -253,7 +253,7 @@ def test_bagel_reads_in_pieces_what_one_pass_would_read(bagel, samples):
 
 @torch.no_grad()
 def test_bagel_draws_with_the_mean_over_steps(bagel, samples):
-    # A prompt shorter than the picture: a guidance pass that were counted by mistake would have marked queries.
+    # A prompt shorter than the picture: a guidance pass counted by mistake would have marked queries.
     short = Sample("g:0", "generation", (("a", ""),), ())
     for sample in [short, *samples["generation"]]:
         batch = bagel.collate([sample], "generation")
