@@ -85,7 +85,8 @@ def token_mask(offsets: Tensor, spans: Sequence[Spans]) -> Tensor:
     mask = torch.zeros_like(begin, dtype=torch.bool)
     for row, ranges in enumerate(spans):
         for first, last in ranges:
-            mask[row] |= (begin[row] < last) & (end[row] > first) & (end[row] > begin[row])
+            if first < last:  # an empty text marks nothing, not even the token around it
+                mask[row] |= (begin[row] < last) & (end[row] > first) & (end[row] > begin[row])
     return mask
 
 

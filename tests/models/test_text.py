@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minimal_aia.models import AdapterError
@@ -60,7 +60,8 @@ def test_shift_spans_refuses_a_processor_that_leaves_pictures_out():
 RANGE = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(sorted)
 
 
-@given(st.lists(RANGE, min_size=1, max_size=8), st.lists(RANGE, max_size=3))
+@example(tokens=[[4, 6]], ranges=[[5, 5]])  # an empty answer inside a token
+@given(tokens=st.lists(RANGE, min_size=1, max_size=8), ranges=st.lists(RANGE, max_size=3))
 def test_token_mask_is_sharing_a_character(tokens, ranges):
     got = token_mask(torch.tensor([tokens]), [[tuple(r) for r in ranges]])[0].tolist()
     wanted = {position for begin, end in ranges for position in range(begin, end)}
