@@ -78,6 +78,8 @@ def capture(
         raise ValueError(f"layers {sorted(wanted)} are not among the model's layers {sorted(attentions)}")
     parameters = inspect.signature(decoder.forward).parameters.values()
     takes_keyword = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    configs = list({id(m.config): m.config for m in (decoder, *attentions.values())}.values())
+    _register()
     record = Record()
 
     def begin(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -96,9 +98,9 @@ def capture(
 
     with ExitStack() as undo:
         undo.callback(_running.set, None)  # `end` is not called when the forward pass raises
-        undo.enter_context(_attention_switched(decoder))
+        undo.enter_context(_switched(configs))
         undo.enter_context(_compiler_told(len(attentions)))
-        _let_checkpoints_switch_too(decoder, undo)
+        _let_checkpoints_switch_too(decoder, configs, undo)
         undo.callback(decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.callback(decoder.register_forward_hook(end).remove)
         yield record
@@ -162,25 +164,33 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def _attention_switched(decoder: Any) -> Iterator[None]:
-    """Our attention function inside, and what the decoder had before when the context closes."""
+def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention)
     # Without a mask function of the same name transformers would silently drop the padding mask.
     AttentionMaskInterface.register(IMPLEMENTATION, AttentionMaskInterface()["sdpa"])
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation(IMPLEMENTATION)
+
+
+@contextmanager
+def _switched(configs: list[Any]) -> Iterator[None]:
+    """Our attention function inside, and afterwards whatever each configuration had before.
+
+    The field is set directly: `set_attn_implementation` would also switch what lies below the decoder (a VQ
+    encoder, say), and could not put back implementations that differ there.
+    """
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = IMPLEMENTATION
     try:
         yield
     finally:
-        decoder.set_attn_implementation(before)
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
 
 
-def _let_checkpoints_switch_too(decoder: Any, undo: ExitStack) -> None:
+def _let_checkpoints_switch_too(decoder: nn.Module, configs: list[Any], undo: ExitStack) -> None:
     """Make a checkpointed layer use our attention even when it is recomputed after the context has closed."""
-    config = decoder.config
 
     def switching(checkpoint: Callable) -> Callable:
         def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -193,12 +203,11 @@ def _let_checkpoints_switch_too(decoder: Any, undo: ExitStack) -> None:
                 return checkpoint(function, *args, **kwargs)
 
             def recomputable(*a: Any, **k: Any) -> Any:
-                before, token = config._attn_implementation, _running.set(None)
-                config._attn_implementation_internal = IMPLEMENTATION
+                token = _running.set(None)
                 try:
-                    return function(*a, **k)
+                    with _switched(configs):
+                        return function(*a, **k)
                 finally:
-                    config._attn_implementation_internal = before
                     _running.reset(token)
 
             return checkpoint(recomputable, *args, **kwargs)
@@ -228,7 +237,7 @@ def _compiler_told(n_layers: int) -> Any:
     )
 
 
-def _text_decoder(model: nn.Module) -> tuple[Any, dict[int, nn.Module]]:
+def _text_decoder(model: nn.Module) -> tuple[Any, dict[int, Any]]:
     """The innermost transformers model that holds all causal attention layers, and those layers by index."""
     from transformers import PreTrainedModel
 

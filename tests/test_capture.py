@@ -122,7 +122,7 @@ def implementations(model) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("before", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["qwen3_vl", "janus", "llama"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "janus", "chameleon", "llama"])
 def test_only_the_text_decoder_is_switched_and_is_restored(name, before):
     model, batch = tiny_model(name), tiny_batch(name)
     model.set_attn_implementation(before)
