@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from minimal_aia.lab import images, scenes
 from minimal_aia.lab.sequences import (
@@ -223,5 +224,11 @@ def load(folder: Path | str) -> tuple[PreTrainedModel, np.ndarray]:
     kind: Any = AutoModelForCausalLM
     if '"janus"' in (folder / "config.json").read_text():
         kind = JanusForConditionalGeneration
-    model = kind.from_pretrained(folder, local_files_only=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # seventy tensors are read before a bar is drawn
+    try:
+        model = kind.from_pretrained(folder, local_files_only=True)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.eval(), load_file(codebook)["codebook"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from minimal_aia.lab import images, metrics, models, scenes, sequences
 
@@ -131,3 +132,20 @@ def test_a_folder_without_codebook_is_no_lab_model(tmp_path):
         models.load(tmp_path)
     with pytest.raises(ValueError, match="unknown lab model 'gpt'"):
         models.build("gpt")
+
+
+def test_loading_is_silent_and_leaves_progress_bars_as_they_were(built, tmp_path, capfd):
+    """A bar in a stored notebook differs from run to run."""
+    models.save(built["unified"], CODEBOOK, tmp_path)
+    capfd.readouterr()
+    enabled = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        models.load(tmp_path)
+        assert logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        models.load(tmp_path)
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    assert "Loading" not in "".join(capfd.readouterr())
