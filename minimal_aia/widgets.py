@@ -7,7 +7,6 @@ reached and moved with the keyboard.
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -25,12 +24,14 @@ from minimal_aia.profile_table import IntensityProfile
 from minimal_aia.targets import StageTargets
 from minimal_aia.widget_figure import LiveFigure
 from minimal_aia.widget_stages import StageEditor
+from minimal_aia.widget_static import display_with_copy
 
 ALL_TYPES = "all types"
-# The live widget hides the static copy that stands below it for readers of the saved notebook.
-STYLE = (
-    "<style>.jp-OutputArea-child:has(.aia-explorer) + .jp-OutputArea-child:has(img) {display: none}</style>"
-)
+# ipywidgets puts the label of toggle buttons above them; every other label stands to the left.
+STYLE = """<style>
+.aia-explorer .widget-toggle-buttons {display: flex; margin: 2px}
+.aia-explorer .widget-toggle-buttons > .widget-label {width: 60px; margin-right: 8px; text-align: right}
+</style>"""
 
 
 def explore(sources: Any, targets: StageTargets | None = None, *, name: str = "aia_explore") -> Explorer:
@@ -81,7 +82,9 @@ class Explorer(W.VBox):
         self.image = W.Image(format="png", layout={"max_width": "100%"})
         self.loss = W.HTML()
         self.status = W.HTML(STYLE)
-        top = W.HBox([W.VBox([self.kind, self.models]), W.VBox(self._choices)])
+        drawn = W.HBox([self.band, self.uniform, self.boxes])
+        lists = W.VBox([self.kind, self.models, self.type])
+        top = W.HBox([lists, W.VBox([self.task, self.view, self.axis, drawn])])
         exports = W.HBox([self.name, self.png, self.csv, self.yaml])
         super().__init__([top, self.image, self.loss, self.stages, exports, self.status])
         self.add_class("aia-explorer")
@@ -96,7 +99,8 @@ class Explorer(W.VBox):
 
     @property
     def targets(self) -> StageTargets:
-        """The stages as they stand, for as many layers as the first curve given has."""
+        """The stages as they stand, for as many layers as the first curve given has (drawn so on the layer
+        axis; for the loss of a curve of another depth they are rescaled)."""
         return self.stages.targets
 
     @property
@@ -145,7 +149,6 @@ class Explorer(W.VBox):
         self.models = W.SelectMultiple(
             options=labels, value=first, description="models", tooltip=tip, rows=rows
         )
-        self.models.layout.width = self.kind.layout.width = "330px"
         published = set(self._published["task"]) if len(self._published) else set()
         tasks = [t for t in TASKS if t in {task for _, task in self._profiles} | published]
         options = ["both", *tasks] if len(tasks) == 2 else tasks
@@ -159,11 +162,11 @@ class Explorer(W.VBox):
         types = sorted({t for p in self._profiles.values() for t in p.samples["type"] if t})
         tip = "only samples of this type (measured models)"
         self.type = W.Dropdown(options=[ALL_TYPES, *types], description="type", tooltip=tip)
-        self.band = W.Checkbox(True, description="band ±1 std over samples", tooltip="of measured models")
-        self.uniform = W.Checkbox(
-            True, description="flat attention", tooltip="what flat attention would give"
-        )
-        self.boxes = W.Checkbox(True, description="stages", tooltip="boxes T ± δ")
+        for control in (self.kind, self.models, self.type):
+            control.layout.width = "330px"
+        self.band = self._tick("band ±1 std over samples", "of measured models")
+        self.uniform = self._tick("flat attention", "what flat attention would give")
+        self.boxes = self._tick("stages", "boxes T ± δ")
         self._choices = [self.task, self.view, self.axis, self.type, self.band, self.uniform, self.boxes]
         self.name = W.Text(
             name, description="save as", tooltip="start of the file names", layout={"width": "250px"}
@@ -183,6 +186,10 @@ class Explorer(W.VBox):
     def _toggle(self, description: str, options: list[Any], tip: str) -> W.ToggleButtons:
         style = {"button_width": "120px"}
         return W.ToggleButtons(options=options, description=description, tooltip=tip, style=style)
+
+    def _tick(self, description: str, tip: str) -> W.Checkbox:
+        layout = {"width": "auto", "margin": "2px 12px"}
+        return W.Checkbox(True, description=description, tooltip=tip, indent=False, layout=layout)
 
     def _list_models(self) -> None:
         listed = [m for kind, models in self._kinds.items() if kind in self.kind.value for m in models]
@@ -239,18 +246,13 @@ class Explorer(W.VBox):
     def _stage_tasks(self) -> list[str]:
         return [task for task in self.tasks if self.boxes.value and getattr(self.targets, task)]
 
-    def _shown_targets(self) -> StageTargets:
-        """On a layer axis the stages are drawn for the deepest curve shown; relative depth fits all."""
-        depths = [len(intensity) for intensity in self._shown.values()]
-        return self.targets.for_layers(max(depths)) if depths else self.targets
-
     def _redraw(self) -> None:
         self._shown = self._intensities()
         if self.view.value == "heads":
             self.image.value = self._figure.draw_heads(self._chosen_profiles()[:2], self._type)
         else:
             tasks = self._stage_tasks()
-            targets = self._shown_targets() if tasks else None
+            targets = self.targets if tasks else None
             self.image.value = self._figure.draw_curves(
                 self.curves, targets, tasks, self.axis.value, self.band.value, self.uniform.value
             )
@@ -259,7 +261,7 @@ class Explorer(W.VBox):
     def _stages_changed(self, dragged: bool) -> None:
         if self.view.value == "heads":
             return self._show_losses()
-        png = self._figure.move_stages(self._shown_targets(), self._stage_tasks()) if dragged else None
+        png = self._figure.move_stages(self.targets, self._stage_tasks()) if dragged else None
         if png is None and self._stage_tasks():
             return self._redraw()
         if png is not None:
@@ -290,10 +292,5 @@ class Explorer(W.VBox):
 
     def _ipython_display_(self) -> None:
         """The widget, then a static copy of the picture: what a saved notebook shows without a kernel."""
-        from IPython.display import display
-
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
         hint = "AIA explorer: run this cell to move the stages; its picture is below."
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": hint}, raw=True)
-        png = b64encode(self.image.value).decode()  # as nbformat wants it: raw bytes make an invalid notebook
-        display({"image/png": png, "text/plain": "AIA explorer, static copy"}, raw=True)
+        display_with_copy(self, self.image.value, "AIA explorer", hint)

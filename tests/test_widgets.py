@@ -106,6 +106,14 @@ def test_published_curves_have_the_loss_of_their_mean_at_their_own_depth(explore
     assert set(explorer.losses) == {("Emu3 (published)", "generation"), ("Emu3 (published)", "understanding")}
 
 
+def test_stages_are_drawn_where_the_sliders_say_even_beside_a_deeper_model():
+    explorer = explore([made("lab/a", "generation"), published(16)], TARGETS)
+    explorer.models.value = explorer.models.options
+    boxes = [box for box, _ in explorer._figure.stages]
+    assert boxes[0].get_x() + boxes[0].get_width() == explorer.stages.ends[0].value + 0.5
+    assert max(box.get_x() + box.get_width() for box in boxes) == 10.5
+
+
 def test_a_drag_moves_only_the_stages(explorer):
     before = picture(explorer)
     explorer.stages.heights[0].value = 0.35
