@@ -50,7 +50,7 @@ def _by_hand() -> list[Case]:
             {"weights": weights, "queries": [3, 4], "keys": [0, 2]},
             0.3,
             hint,
-            [(0.45, "you take every column from the first key to the last; only the listed ones count")],
+            [(0.6, "you take every column from the first key to the last; only the listed ones count")],
         ),
         Case(
             "keys that come after the queries",
@@ -171,7 +171,7 @@ def _spans() -> list[Case]:
                 ("-kkkkqqqq-", "<boi> is no word of the prompt"),
                 ("-kkkqqqqqq", "<boi> and <eoi> are no image tokens"),
                 ("-kkk-qqqqq", "<eoi> is no image token"),
-                ("-kkkqqqqq-", "these are the positions that predict the image (and <eoi>), not its own"),
+                ("-kkkqqqq--", "these positions predict the image; its own are one to the right"),
                 ("-kkk-qqq--", "the last image token is missing: the end of a Python slice is exclusive"),
                 ("-qqq-kkkk-", "queries and keys are swapped: return (query_mask, key_mask)"),
             ],
