@@ -26,6 +26,7 @@ from profile_fakes import (
 from minimal_aia import stats
 from minimal_aia.data import Sample
 from minimal_aia.profiles import IntensityProfile, profile, uniform_intensity
+from minimal_aia.targets import Stage, StageTargets
 
 
 @pytest.fixture
@@ -483,6 +484,22 @@ def test_distance_to_arrays_profiles_frames_and_seeds():
         p.distance(frame.assign(task="understanding"))
     with pytest.raises(ValueError, match="at least 2 curves"):
         p.distance(other, seeds=[p])
+
+
+def test_distance_to_stage_targets_uses_the_tasks_stages_at_the_models_depth():
+    m = np.tile(np.array([0.30, 0.45, 0.40, 0.22]), (5, 1))
+    targets = StageTargets(
+        generation=(Stage(0, 3, 0.4, 0.06), Stage(4, 7, 0.2, 0.05)),
+        understanding=(Stage(0, 7, 0.9, 0.1),),
+        name="mine",
+    )
+    row = made(m).distance(targets).iloc[0]
+    assert row["target"] == "mine"
+    assert row["distance"] == pytest.approx(np.mean([0.10, 0.05, 0.20, 0.02]))
+    assert row["within_delta"] == 2 / 4
+    assert row["uniform"] == pytest.approx(np.mean([0.15, 0.15, 0.05, 0.05]))
+    other = made(m, "understanding").distance(targets).iloc[0]
+    assert other["distance"] == pytest.approx(0.9 - m.mean())
 
 
 def test_distance_interval_is_the_normal_one_where_all_layers_lie_on_one_side():
