@@ -9,6 +9,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSER_STAMP := $(VENV)/.installed-browser
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 # Two processes of one thread are faster on two cores than one of two; results do not depend on the machine's cores.
@@ -23,17 +24,19 @@ LAX_LIST = $(shell sed 's/\#.*//' tests/notebooks/lax.txt)
 LAX = $(filter $(LAX_LIST),$(NOTEBOOKS))
 STRICT = $(filter-out $(LAX_LIST),$(NOTEBOOKS))
 
-# -n 2: one notebook a core; no model hub is ever asked.
-NBVAL = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile \
+# -n 2: one notebook a core; no model hub is ever asked; the settings are those of KERNEL_ENV in
+# minimal_aia/course.py, which stored the outputs.
+NBVAL = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile \
 	--nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/notebooks/sanitize.cfg
 
 # Jupyter refuses to run as root (containers, CI) unless it is told that this is meant.
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab course install doctor test lint types unit nbval clean
+.PHONY: help lab course install doctor test lint types unit nbval test-browser clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo 'Variables: PORT=8888 (lab), ARGS="..." (lab, course, unit, nbval), PYTHON=python3.11'
 
 lab: $(STAMP)  ## start JupyterLab on the first notebook
@@ -41,7 +44,7 @@ lab: $(STAMP)  ## start JupyterLab on the first notebook
 		--port $(PORT) $(ROOT) $(ARGS)
 
 course: $(STAMP)  ## execute every notebook and print a table (ARGS="--write" stores the outputs)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m minimal_aia.course $(ARGS)
+	$(BIN)/python -m minimal_aia.course $(ARGS)
 
 install: $(STAMP)  ## create .venv and install the locked versions
 
@@ -65,6 +68,9 @@ nbval: $(STAMP)  ## run every notebook; compare the outputs of all but those in 
 	$(if $(STRICT),$(NBVAL) --nbval $(STRICT) $(ARGS))
 	$(if $(LAX),$(NBVAL) --nbval-lax $(LAX) $(ARGS))
 
+test-browser: $(BROWSER_STAMP)  ## drive the explorer in JupyterLab with Chromium (not part of `make test`)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/browser $(ARGS)
+
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
 	find minimal_aia tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
@@ -81,3 +87,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+
+$(BROWSER_STAMP): $(STAMP) tests/browser/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt
+	@touch $(BROWSER_STAMP)

@@ -30,6 +30,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
+# The course needs no model hub, and no two runs share a progress bar. `make nbval` sets the same.
+KERNEL_ENV = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 KEPT_CELL_METADATA = ("tags", "jupyter")  # "jupyter" folds a cell
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # "train:  12%|█▏  | 3/25 [00:01<00:08, 2.5it/s]", of a terminal or as the text of a widget
@@ -73,7 +75,7 @@ def run(path: Path, bar: Any = None, timeout: float = 600) -> tuple[nbformat.Not
     )
     begin, error = time.perf_counter(), ""
     try:
-        client.execute()
+        client.execute(env={**os.environ, **KERNEL_ENV})
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
         error = _first_cause(notebook, failure, timeout)
     except Exception:  # a kernel that does not start, a broken notebook: the others should still run
@@ -168,7 +170,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _store(normalise(nbformat.read(path, as_version=4)), path)
         return 0
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the course needs no model hub; kernels inherit this
     cells = sum(len(code_cells(nbformat.read(path, as_version=4))) for path in files)
     outcomes = []
     with tqdm(total=cells, unit="cell") as bar:

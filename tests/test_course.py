@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minimal_aia.course import KERNEL, Outcome, main, normalise, run, table
+from minimal_aia.course import KERNEL, KERNEL_ENV, Outcome, main, normalise, run, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZE = ROOT / "tests/notebooks/sanitize.cfg"
@@ -39,10 +39,11 @@ def course(tmp_path_factory):
         "print(object())\n"
         "print(sys.prefix)\n"
         "print(tempfile.mkdtemp())\n"
-        "print('offline:', __import__('os').environ['HF_HUB_OFFLINE'])"
+        "import os, tqdm\n"
+        "print('offline:', os.environ['HF_HUB_OFFLINE'], list(tqdm.tqdm(range(2))))"
     )
-    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), desc='train'): pass\nprint('trained')"
-    widget_bar = "from tqdm.notebook import tqdm as bar\nfor _ in bar(range(3)): pass"
+    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), disable=False): pass\nprint('trained')"
+    widget_bar = "from tqdm.notebook import tqdm as bar\nfor _ in bar(range(3), disable=False): pass"
     slider = "import ipywidgets\nipywidgets.IntSlider(value=3)"
     warning = "import warnings\nwarnings.warn('look here')"
     good = write(folder / "a.ipynb", noisy, bar, widget_bar, slider, warning, "import os, time; 0.1 + 0.2")
@@ -81,7 +82,8 @@ def test_stored_outputs_hold_no_noise(executed):
     assert text[1] == "<object object at 0x...>"
     assert text[2] == ".venv" or not text[2].startswith("/")
     assert text[3] == "<tmp>"
-    assert text[4] == "offline: 1"
+    assert text[4:] == ["offline: 1 [0, 1]"]
+    assert len(stored[0]) == 1, "tqdm is quiet by default"
     assert [o.text for o in stored[1]] == ["trained\n"], "the bar goes, what was printed stays"
     assert stored[2] == [], "a widget's bar goes as a whole"
     assert list(stored[3][0].data) == ["text/plain"], "a widget's dead model goes, its text stays"
@@ -169,6 +171,11 @@ def test_table_shortens_paths_inside_the_clone():
     text = table([Outcome(ROOT / "notebooks/00.ipynb", 20, 61.26)])
     assert text.splitlines()[1].split() == ["notebooks/00.ipynb", "20", "61.3", "yes"]
     assert text.splitlines()[2] == "1 of 1 notebooks ran, 61 s in all"
+
+
+def test_nbval_runs_under_the_settings_that_the_outputs_were_stored_with():
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"NBVAL = {' '.join(f'{key}={value}' for key, value in KERNEL_ENV.items())} " in makefile
 
 
 # --- nbval with our settings --------------------------------------------------------------------------------
