@@ -136,16 +136,18 @@ class StageEditor(W.VBox):
         starts = [0, *ends[:-1]]
         rows = zip(old, starts, ends, self.heights, self.deltas, strict=True)
         stages = tuple(
-            Stage(
-                first,
-                last - 1,
-                stage.target if t is not change["owner"] else t.value,
-                stage.delta if d is not change["owner"] else d.value,
-            )
+            Stage(first, last - 1, self._moved(stage.target, t.value), self._moved(stage.delta, d.value))
             for stage, first, last, t, d in rows
         )
+        if stages == old:
+            return
         self.targets = replace(self.targets, **{task: stages}, name=self._name())
         self._on_change(True)
+
+    @staticmethod
+    def _moved(exact: float, slider: float) -> float:
+        """A browser rounds a slider to its steps and sends 0.1 back as 0.0999…: that is not a move."""
+        return exact if abs(slider - exact) < 0.0051 else round(slider, 2)
 
     def _name(self) -> str:
         name = self.targets.name

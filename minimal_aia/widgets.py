@@ -30,7 +30,8 @@ ALL_TYPES = "all types"
 # ipywidgets puts the label of toggle buttons above them; every other label stands to the left.
 STYLE = """<style>
 .aia-explorer .widget-toggle-buttons {display: flex; margin: 2px}
-.aia-explorer .widget-toggle-buttons > .widget-label {width: 60px; margin-right: 8px; text-align: right}
+.aia-explorer .widget-toggle-buttons > .widget-label {flex: none; width: 60px; text-align: right}
+.aia-explorer .widget-toggle-buttons > div {margin-left: 8px}
 </style>"""
 
 
@@ -82,9 +83,10 @@ class Explorer(W.VBox):
         self.image = W.Image(format="png", layout={"max_width": "100%"})
         self.loss = W.HTML()
         self.status = W.HTML(STYLE)
-        drawn = W.HBox([self.band, self.uniform, self.boxes])
+        wrap = {"flex_flow": "row wrap"}  # a narrow window shows what is wide below, not cut off
+        drawn = W.HBox([self.band, self.uniform, self.boxes], layout=wrap)
         lists = W.VBox([self.kind, self.models, self.type])
-        top = W.HBox([lists, W.VBox([self.task, self.view, self.axis, drawn])])
+        top = W.HBox([lists, W.VBox([self.task, self.view, self.axis, drawn])], layout=wrap)
         exports = W.HBox([self.name, self.png, self.csv, self.yaml])
         super().__init__([top, self.image, self.loss, self.stages, exports, self.status])
         self.add_class("aia-explorer")
@@ -163,7 +165,7 @@ class Explorer(W.VBox):
         tip = "only samples of this type (measured models)"
         self.type = W.Dropdown(options=[ALL_TYPES, *types], description="type", tooltip=tip)
         for control in (self.kind, self.models, self.type):
-            control.layout.width = "330px"
+            control.layout.width, control.style.description_width = "310px", "60px"
         self.band = self._tick("band ±1 std over samples", "of measured models")
         self.uniform = self._tick("flat attention", "what flat attention would give")
         self.boxes = self._tick("stages", "boxes T ± δ")
@@ -184,7 +186,7 @@ class Explorer(W.VBox):
             button.on_click(self._export)
 
     def _toggle(self, description: str, options: list[Any], tip: str) -> W.ToggleButtons:
-        style = {"button_width": "120px"}
+        style = {"button_width": "115px"}
         return W.ToggleButtons(options=options, description=description, tooltip=tip, style=style)
 
     def _tick(self, description: str, tip: str) -> W.Checkbox:

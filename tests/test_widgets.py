@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -284,6 +285,22 @@ def test_displaying_adds_a_static_picture(explorer, monkeypatch):
     assert shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.model_id
     png = base64.b64decode(shown[1]["image/png"])
     assert Image.open(BytesIO(png)).format == "PNG"
+    assert 'class="aia-static"' in shown[2]["text/html"]  # what it hides, tests/browser sees
+
+
+def test_what_a_browser_sends_back_on_its_own_is_no_move(explorer):
+    """A slider rounds to its steps: 0.1 comes back as 0.0999…, targets cut from curves with two decimals."""
+    exact = replace(TARGETS, generation=(Stage(0, 3, 0.4537, 0.1), *TARGETS.generation[1:]))
+    explorer.stages.set_targets(exact)
+    explorer.stages.heights[0].value = 0.45
+    explorer.stages.deltas[0].value = 0.09999999999999999
+    assert explorer.targets is exact
+    explorer.stages.heights[0].value = 0.46
+    assert explorer.targets.generation[0] == Stage(0, 3, 0.46, 0.1)
+    explorer.stages.heights[0].value = 0.45
+    assert explorer.targets.generation[0].target == 0.45
+    explorer.stages.heights[0].value = 0.35000000000000003
+    assert explorer.targets.generation[0].target == 0.35
 
 
 def test_every_control_has_a_label_or_a_tooltip(explorer):
