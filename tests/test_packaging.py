@@ -30,10 +30,21 @@ LOCK = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in 
 EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = [
     Requirement(line)
-    for group in (PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *EXTRAS.values())
+    for group in (
+        PYPROJECT["build-system"]["requires"],
+        PROJECT["dependencies"],
+        *(EXTRAS[name] for name in EXTRAS if name != "browser"),
+    )
     for line in group
     if not line.startswith("minimal-aia")
 ]
+# `make test-browser` alone installs these.
+BROWSER_LINES = [
+    line
+    for line in (ROOT / "tests/browser/requirements.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
+BROWSER = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in BROWSER_LINES}
 NOT_WRITTEN = [
     module
     for override in PYPROJECT["tool"]["mypy"]["overrides"]
@@ -94,6 +105,22 @@ def test_lock_is_complete_without_strays_and_consistent():
     assert {name for name, _ in seen} == set(LOCK)
 
 
+def test_browser_pins_add_to_the_lock_what_the_extra_needs():
+    assert not set(BROWSER) & set(LOCK), "pinned twice"
+    for wanted in map(Requirement, EXTRAS["browser"]):
+        assert wanted.specifier.contains(BROWSER[canonicalize_name(wanted.name)])
+    if find_spec("playwright") is None:
+        pytest.skip("playwright is not installed: what it needs is not known here")
+    assert {name: metadata.version(name) for name in BROWSER} == BROWSER
+    reached = {canonicalize_name(wanted.name) for wanted in map(Requirement, EXTRAS["browser"])}
+    for name in BROWSER:
+        for wanted in _needs(name):
+            version = (LOCK | BROWSER)[canonicalize_name(wanted.name)]
+            assert wanted.specifier.contains(version), f"{name} needs {wanted}, pinned is {version}"
+            reached.add(canonicalize_name(wanted.name))
+    assert set(BROWSER) <= reached, "a pin that nobody needs"
+
+
 # --- conda, make, CI ----------------------------------------------------------------------------------------
 
 
@@ -145,6 +172,28 @@ def test_make_test_and_ci_run_everything():
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert workflow["jobs"]["test"]["steps"][-1] == {"run": "bash .ci/run"}
+
+
+def test_only_make_test_browser_needs_a_browser(tmp_path):
+    assert "tests/browser" not in make("test", "unit")
+    plan = make("test-browser")
+    assert "-r tests/browser/requirements.txt" in plan
+    assert "pytest -q tests/browser" in plan
+    assert re.search(r"^ *make test-browser$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    shutil.copy(
+        ROOT / "pyproject.toml", tmp_path
+    )  # our settings over a small tree: collecting ours takes long
+    (tmp_path / "tests/browser").mkdir(parents=True)
+    for name in ("test_here.py", "browser/test_there.py"):
+        (tmp_path / "tests" / name).write_text("def test_nothing(): pass\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    for arguments, found in (
+        ((), "test_here"),
+        (("tests",), "test_here"),
+        (("tests/browser",), "test_there"),
+    ):
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert re.findall(r"(test_\w+)\.py::test_nothing", done.stdout) == [found], done.stdout
 
 
 def test_wheel_holds_code_and_py_typed_only(tmp_path):
