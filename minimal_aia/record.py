@@ -91,7 +91,7 @@ class Call:
         return Spans(queries.to(device), keys.to(device), self.key_mask.to(device))
 
     def report(self, layer: int, heads: Tensor) -> None:
-        """Take a layer's `[B, H]`. A checkpointed layer reports again in backward: the first counts."""
+        """Take a layer's `[B, H]`. A checkpointed layer reports again in backward: the first is kept."""
         self._heads.setdefault(layer, heads)
 
     def _stack(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:

@@ -109,6 +109,17 @@ def test_attention_dropout_and_checkpointing_together(name):
     assert not torch.allclose(second, want[1], atol=1e-3)  # here the input was
 
 
+def test_the_record_outlives_a_recomputation():
+    """Still there, and differentiable, after a backward pass in which every layer reported again."""
+    batch = tiny_batch("llama_gqa")
+    want = sum_gradients(tiny_model("llama_gqa").train(), [batch])
+    model = checkpointed("llama_gqa")
+    with capture(model, batch.query_mask, batch.key_mask) as record:
+        out = model(**batch.inputs, use_cache=False)
+        out.logits.sum().backward(retain_graph=True)  # recomputes every layer
+        assert_same_gradients(gradients(model, odd_loss(record.per_head)), want)
+
+
 def test_pytorch_checkpoint_wrapper_is_known():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
