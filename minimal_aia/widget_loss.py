@@ -1,12 +1,11 @@
 """Two small widgets on the loss: one number under three penalties, and the pull on every layer of a curve.
 
 They compute Eq. 2 on small arrays and draw; no model runs. Plain ipywidgets and a PNG, with a static copy
-below for readers of the saved notebook (the live widget hides it).
+below for readers of the saved notebook.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import replace
 from io import BytesIO
@@ -21,10 +20,10 @@ from matplotlib.figure import Figure
 from minimal_aia import plots
 from minimal_aia.loss import Kind, aia_loss
 from minimal_aia.targets import StageTargets
+from minimal_aia.widget_static import display_with_copy
 
 KINDS: tuple[Kind, ...] = ("huber", "l2", "l1")
 LOOKS = {"huber": ("#2b2b2b", "-", 2.4), "l2": ("#4c9f70", "--", 1.6), "l1": ("#b07aa1", ":", 1.8)}
-STYLE = "<style>.jp-OutputArea-child:has(.aia-loss) + .jp-OutputArea-child:has(img) {display: none}</style>"
 
 
 def penalty(
@@ -61,9 +60,9 @@ class _LossWidget(W.VBox):
         self.image = W.Image(format="png", layout={"max_width": "100%"})
         self.text = W.HTML()
         items = list(self.controls.values())
-        rows = [W.HBox(items[i : i + columns]) for i in range(0, len(items), columns)]
-        super().__init__([*rows, self.image, self.text, W.HTML(STYLE)])
-        self.add_class("aia-loss")
+        wrap = {"flex_flow": "row wrap"}  # in a narrow window below each other, not cut off
+        rows = [W.HBox(items[i : i + columns], layout=wrap) for i in range(0, len(items), columns)]
+        super().__init__([*rows, self.image, self.text])
         for control in items:
             control.observe(lambda _: self.redraw(), "value")
         self.redraw()
@@ -81,13 +80,8 @@ class _LossWidget(W.VBox):
         raise NotImplementedError
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
         hint = "Loss widget: run this cell to move the sliders; its picture is below."
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": hint}, raw=True)
-        png = b64encode(self.image.value).decode()  # as nbformat wants it: raw bytes make an invalid notebook
-        display({"image/png": png, "text/plain": "Loss widget, static copy"}, raw=True)
+        display_with_copy(self, self.image.value, "Loss widget", hint)
 
 
 class PenaltyWidget(_LossWidget):
@@ -174,6 +168,7 @@ class PullWidget(_LossWidget):
         share, gradient = pull(curve, targets, task, kind)
         top, bottom = self.figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         draw_pull(top, curve, targets, task, gradient)
+        top.set_xlabel("")
         x = np.arange(len(curve)) + 1
         bottom.bar(x, weight * share, color=plots.COLOURS[task], alpha=0.7)
         bottom.set(xlabel="layer (from 1)", ylabel="λ · loss of a layer")
