@@ -1,13 +1,14 @@
 """Four ways to say which tokens ask and which are asked: what "intensity" means changes with them.
 
-paper        queries: the other modality's own tokens, keys: prompt words or picture (Eq. 1, section 3.1)
+paper        queries: image or answer tokens, at their own positions; keys: prompt words or picture (Eq. 1)
 predicting   the same keys; queries are the positions that *predict* those tokens, one to the left
 code         the training loss of the released code (its models/modeling_vlm.py, trainer/trainer_t2i.py and
              dataset/t2i_dataset.py): generation keys are the whole templated prompt from <bos> on, without
              the begin-of-image marker, and the last image query is dropped; understanding keys start at the
              begin-of-image marker and miss the last image token, and the last turn's <eos> is a query too
 code-plots   its plotting scripts (gen_plot.py, und_plot.py): keys from <bos> or the begin-of-image marker to
-             the last token before the other modality, so the marker counts as text, or as picture
+             the last token before the other modality, so the marker counts as text, and as picture; the last
+             image query is dropped here too
 
 The lab's template is a lone <bos>; Janus-Pro's also has role names, which "code" and "code-plots" count too.
 """
@@ -44,8 +45,9 @@ def spans(batch: Sequences, task: str, definition: str = "paper") -> tuple[Tenso
         if definition == "code-plots":
             key = key | (shift_left(batch.query_mask) & ~batch.query_mask)  # <boi>, which ends the prompt
         return query, key
-    query = query | _last(batch.label_mask)
-    return query, (key | marker) if definition == "code-plots" else (key | marker) & ~_last(key)
+    if definition == "code-plots":
+        return query, key | marker
+    return query | _last(batch.label_mask), (key | marker) & ~_last(key)
 
 
 def _last(mask: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ MARKS = {
     ("understanding", "paper"): ["--kkkk---qq--q-", "--kkkk--q-     "],
     ("understanding", "predicting"): ["--kkkk--qq--q--", "--kkkk-q--     "],
     ("understanding", "code"): ["-kkkk----qq--qq", "-kkkk---qq     "],
-    ("understanding", "code-plots"): ["-kkkkk---qq--qq", "-kkkkk--qq     "],
+    ("understanding", "code-plots"): ["-kkkkk---qq--q-", "-kkkkk--q-     "],
 }
 
 
