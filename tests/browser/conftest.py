@@ -143,3 +143,4 @@ def page(lab, tmp_path, request):
             name = "".join(c if c.isalnum() else "_" for c in request.node.name)
             page.screenshot(path=Path(folder) / f"{name}.png")
         context.close()
+    lab.end_kernels()  # the next test starts from nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import symtable
 import time
 from io import BytesIO
 from pathlib import Path
@@ -69,21 +70,29 @@ def needed_cells(cells: list) -> list:
         bound, used = names(cell.source)
         if not kept or bound & wanted:
             kept.append(nbformat.v4.new_code_cell(cell.source))
-            wanted |= used
+            wanted = (wanted - bound) | used
     return kept[::-1]
 
 
 def names(source: str) -> tuple[set[str], set[str]]:
-    """(names a cell binds, names it reads)."""
-    bound, used = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-    return bound, used
+    """(global names a cell binds, those it reads before it binds them)."""
+    bound, needed = set(), set()
+    for statement in ast.parse(source).body:
+        top = symtable.symtable(ast.unparse(statement), "cell", "exec")
+        new = {
+            symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()
+        }
+        block = isinstance(statement, (ast.For, ast.While, ast.With, ast.If, ast.Try))  # binds, then reads
+        needed |= _read(top, top) - bound - (new if block else set())
+        bound |= new
+    return bound, needed
+
+
+def _read(scope: symtable.SymbolTable, top: symtable.SymbolTable) -> set[str]:
+    here = {
+        s.get_name() for s in scope.get_symbols() if s.is_referenced() and (s.is_global() or scope is top)
+    }
+    return here.union(*(_read(child, top) for child in scope.get_children()))
 
 
 def course() -> list[Path]:
@@ -93,12 +102,12 @@ def course() -> list[Path]:
 # --- the page -----------------------------------------------------------------------------------------------
 
 
-def until(check, what: str, seconds: float = 60) -> None:
+def until(page, check, what: str, seconds: float = 60) -> None:
     """Wait for something that a message between kernel and browser brings about."""
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
-        time.sleep(0.2)
+        page.wait_for_timeout(200)  # unlike time.sleep, lets the page's requests through
 
 
 def open_notebook(page, lab, name: str) -> None:
@@ -163,7 +172,7 @@ def test_sliders_move_the_loss_and_the_figure_by_keyboard_and_mouse(lab, page):
 
     def expect_loss(what: str) -> None:
         expected = {f"lab/small, {task}": aia_loss(intensity[task], stages[task]) for task in TASKS}
-        until(lambda: losses(page) == expected, f"{what}: {losses(page)} is not {expected}")
+        until(page, lambda: losses(page) == expected, f"{what}: {losses(page)} is not {expected}")
 
     expect_loss("at the start")
     page.wait_for_timeout(1500)  # what a browser sends back on its own would be here by now
@@ -177,17 +186,17 @@ def test_sliders_move_the_loss_and_the_figure_by_keyboard_and_mouse(lab, page):
     assert handle.evaluate("handle => handle === document.activeElement")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    until(lambda: readout.inner_text() == "0.43", "T follows the arrow keys")
+    until(page, lambda: readout.inner_text() == "0.43", "T follows the arrow keys")
     stages["generation"][0] = (0, 3, 0.43, 0.1)
     expect_loss("T by keyboard")
-    until(lambda: moved(page, before), "the figure after a key")
+    until(page, lambda: moved(page, before), "the figure after a key")
     assert "mine (edited)" in page.locator(".aia-explorer").inner_text()
 
     before = picture(page)
     slider(page, 0, 0)[0].press("ArrowRight")
     stages["generation"] = [(0, 4, 0.43, 0.1), (5, 7, *STAGES["generation"][1])]
     expect_loss("a stage's end by keyboard")
-    until(lambda: moved(page, before), "the figure after a stage's end moved")
+    until(page, lambda: moved(page, before), "the figure after a stage's end moved")
 
     before = picture(page)
     handle, readout = slider(page, 1, 1)
@@ -196,7 +205,7 @@ def test_sliders_move_the_loss_and_the_figure_by_keyboard_and_mouse(lab, page):
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x + 30, y, steps=5)
-    until(lambda: moved(page, before), "the figure while the mouse drags")
+    until(page, lambda: moved(page, before), "the figure while the mouse drags")
     page.mouse.up()
     target = float(readout.inner_text())
     assert target > 0.3
@@ -217,7 +226,7 @@ def test_a_saved_notebook_shows_a_picture_and_no_error(lab, page):
         return nbformat.read(path, as_version=4).cells[1].outputs
 
     page.keyboard.press("Control+s")
-    until(outputs, "the notebook is saved")
+    until(page, outputs, "the notebook is saved")
     nbformat.validate(nbformat.read(path, as_version=4))
     png = next(output.data["image/png"] for output in outputs() if "image/png" in output.data)
     assert np.asarray(Image.open(BytesIO(base64.b64decode(png)))).std() > 5  # a drawing, not an empty page
@@ -239,13 +248,13 @@ def test_the_explorer_of_a_course_notebook_answers(lab, page, path):
     write(cells, lab.root / "notebooks" / path.name)
     open_notebook(page, lab, path.name)
     run_all(page)
-    until(lambda: losses(page), "a loss is shown")
+    until(page, lambda: losses(page), "a loss is shown")
     losses_before, before = losses(page), picture(page)
     slider(page, 0, 1)[0].focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    until(lambda: losses(page) != losses_before, "the loss after a key")
-    until(lambda: moved(page, before), "the figure after a key")
+    until(page, lambda: losses(page) != losses_before, "the loss after a key")
+    until(page, lambda: moved(page, before), "the figure after a key")
     lab.end_kernels()
     assert page.outside == []
     assert (
