@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_nbval_agrees_with_what_was_stored(tmp_path):
         "print('loss', 0.5 + time.time() % 1 * 1e-4, 1e-9 * time.time())\n"
         "print(f'{(time.time() % 1 - 1) * 1e-4:.2f}')"
     )
-    cells, tags = [noisy, "0.25", "import time; time.time()"], {2: ["nbval-ignore-output"]}
+    cells, tags = [noisy, "0.25", "import time; time.time()", "'not shown';"], {2: ["nbval-ignore-output"]}
     same = write(tmp_path / "same.ipynb", *cells, tags=tags)
     changed = write(tmp_path / "changed.ipynb", *cells, tags=tags)
     assert main(["--write", str(same), str(changed)]) == 0
@@ -197,27 +198,22 @@ def test_nbval_agrees_with_what_was_stored(tmp_path):
     notebook.cells[2].outputs[0].data["text/plain"] = "0.26"
     nbformat.write(notebook, changed)
 
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-rA",
-        "--nbval",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        tmp_path,
-    ]
-    settings = ["--nbval-current-env", f"--nbval-sanitize-with={SANITIZE}"]
-    done = subprocess.run([*command, *settings, same, changed], capture_output=True, text=True, cwd=tmp_path)
-    found = [
-        line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("PASSED", "FAILED"))
-    ]
+    command = (
+        f"-m pytest -rA -p no:cacheprovider -p tests.notebooks.nbval_history --rootdir {tmp_path} --nbval"
+    )
+    settings = ["--nbval-current-env", f"--nbval-sanitize-with={SANITIZE}", same, changed]
+    done = subprocess.run(
+        [sys.executable, *command.split(), *settings], capture_output=True, text=True, cwd=ROOT
+    )
+    lines = [line.split(" - ")[0] for line in done.stdout.splitlines()]
+    found = [re.sub(r" .*/", " ", line) for line in lines if line.startswith(("PASSED", "FAILED"))]
     assert sorted(found) == [
         "FAILED changed.ipynb::Cell 1",
         "PASSED changed.ipynb::Cell 0",
         "PASSED changed.ipynb::Cell 2",
+        "PASSED changed.ipynb::Cell 3",
         "PASSED same.ipynb::Cell 0",
         "PASSED same.ipynb::Cell 1",
         "PASSED same.ipynb::Cell 2",
+        "PASSED same.ipynb::Cell 3",
     ], done.stdout
