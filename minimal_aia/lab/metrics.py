@@ -43,22 +43,40 @@ def answers_right(model: Any, batch: Sequences) -> np.ndarray:
     return (wrong == 0).numpy()
 
 
+def _held_out_items(kind: str, count: int, seed: int) -> tuple[list[scenes.Scene], list[scenes.Question]]:
+    """The held-out scenes and questions of one kind that every model is asked."""
+    rng = np.random.default_rng((seed, scenes.QUESTION_KINDS.index(kind)))
+    found: list[scenes.Scene] = []
+    questions: list[scenes.Question] = []
+    while len(found) < count:
+        scene = scenes.draw_scenes(rng, 1, held_out=True)[0]
+        question = scenes.draw_question(scene, kind, rng)
+        if question:
+            found.append(scene)
+            questions.append(question)
+    return found, questions
+
+
+def guessing_level(kind: str, count: int = 100, seed: int = EVALUATION_SEED) -> float:
+    """Exact match of a model that sees everything but ignores which thing is asked about.
+
+    kind: "color" or "position"; it answers with that property of any thing in the picture, each as likely.
+    """
+    shares = []
+    for scene, question in zip(*_held_out_items(kind, count, seed), strict=True):
+        answers = [t.color if kind == "color" else t.place for t in scene]
+        shares.append(answers.count(question.answer) / len(answers))
+    return float(np.mean(shares))
+
+
 def answer_table(
     model: Any, codebook: np.ndarray, per_kind: int = 100, seed: int = EVALUATION_SEED
 ) -> pd.DataFrame:
     """Exact match by question kind: columns `kind`, `right`, `items`. One question a held-out scene."""
     device = next(model.parameters()).device
     rows = []
-    for number, kind in enumerate(scenes.QUESTION_KINDS):
-        rng = np.random.default_rng((seed, number))
-        found: list[scenes.Scene] = []
-        questions: list[scenes.Question] = []
-        while len(found) < per_kind:
-            scene = scenes.draw_scenes(rng, 1, held_out=True)[0]
-            question = scenes.draw_question(scene, kind, rng)
-            if question:
-                found.append(scene)
-                questions.append(question)
+    for kind in scenes.QUESTION_KINDS:
+        found, questions = _held_out_items(kind, per_kind, seed)
         pictures = np.stack([scenes.render(s) for s in found])
         codes = images.encode(pictures, codebook).tolist()
         tokens = [

@@ -149,3 +149,15 @@ def test_loading_is_silent_and_leaves_progress_bars_as_they_were(built, tmp_path
     finally:
         (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
     assert "Loading" not in "".join(capfd.readouterr())
+
+
+def test_guessing_level_counts_the_things_that_share_the_answer(monkeypatch):
+    one = (scenes.Thing("red", "circle", 0, 0),)
+    two = (scenes.Thing("red", "circle", 0, 0), scenes.Thing("blue", "cross", 1, 1))
+    asked = {
+        "color": [scenes.Question("what color is the circle ?", "red", "color")] * 2,
+        "position": [scenes.Question("where is the red circle ?", "top left", "position")] * 2,
+    }
+    monkeypatch.setattr(metrics, "_held_out_items", lambda kind, count, seed: ([one, two], asked[kind]))
+    assert metrics.guessing_level("color") == pytest.approx(0.75)
+    assert metrics.guessing_level("position") == pytest.approx(0.75)
