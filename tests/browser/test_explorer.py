@@ -120,7 +120,7 @@ def run_all(page) -> None:
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     explorer = page.locator(".aia-explorer")
     trouble = page.locator(".jp-OutputArea-output").filter(has_text="Traceback (most recent call last)")
-    explorer.or_(trouble).first.wait_for(state="attached", timeout=180_000)
+    explorer.or_(trouble).first.wait_for(state="attached", timeout=300_000)
     assert trouble.count() == 0, trouble.first.inner_text()
     page.locator(".aia-explorer .widget-slider").last.wait_for()
 
