@@ -185,23 +185,26 @@ def test_dropout_acts_on_the_output_only():
 class _Operators(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.heads = [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.__name__)
+        if "attention" in function.__name__:
+            self.heads |= {x.shape[-1] for x in args[:3]}
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("v_dim", [16, 8])
+@pytest.mark.parametrize("v_dim", [12, 6])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("mask", [None, padded(2, 9, 9)], ids=["causal", "bool mask"])
 def test_is_one_fused_call(mask, kv_heads, v_dim):
-    q, k, v = tensors(kv_heads=kv_heads, head_dim=16, v_dim=v_dim, dtype=torch.float32)
+    q, k, v = tensors(kv_heads=kv_heads, head_dim=12, v_dim=v_dim, dtype=torch.float32)
     with _Operators() as seen:
         attention_with_intensity(q, k, v, key_span(), attn_mask=mask, is_causal=mask is None)
     attention = [name for name in seen.names if "attention" in name]
     assert attention == ["_scaled_dot_product_flash_attention_for_cpu.default"]
     assert not [name for name in seen.names if "softmax" in name or "mm" in name]
+    assert seen.heads == {16}  # of q, k and v: equal, and a multiple of eight, as CUDA's kernels want
 
 
 def test_wide_heads_take_two_calls_no_wider_than_the_kernels():
@@ -209,6 +212,7 @@ def test_wide_heads_take_two_calls_no_wider_than_the_kernels():
     with _Operators() as seen:
         attention_with_intensity(q, k, v, key_span())
     assert seen.names.count("_scaled_dot_product_flash_attention_for_cpu.default") == 2
+    assert seen.heads == {256}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
