@@ -25,6 +25,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from machine import cpu_name
+
 HEADS, HEAD_DIM = 32, 128
 GB = 1e9
 
@@ -157,12 +159,8 @@ def machine() -> dict:
     import torch
     import transformers
 
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "threads": 1,
         "memory_gb": round(psutil.virtual_memory().total / GB, 1),
         "system": platform.system(),

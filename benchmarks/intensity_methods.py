@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import cpu_name
 from torch import Tensor
 
 from minimal_aia.intensity import attention_with_intensity
@@ -154,7 +155,7 @@ def main() -> None:
     }
     result = {
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": 1,
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -173,14 +174,6 @@ def main() -> None:
             print(f"{case:15}{name:10}{f:9.2f}{fb:9.2f}   {gaps}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class HunyuanImageAdapter(Adapter):
         model = load_model(
             name,
             AutoModelForCausalLM,
-            trust_remote_code=True,
+            trust_remote_code=True,  # `load_adapter` comes here only if the user said so
             attn_implementation="sdpa",
             moe_impl="eager",
             **options,
