@@ -151,8 +151,8 @@ def card(scores: pd.DataFrame, costs: pd.DataFrame, runs: Path) -> str:
     )
     codebook = images.fit_codebook()
     facts = {
-        "DETECTOR": f"{100 * metrics.images.detector_error():.1f} %",
-        "ROUND_TRIP": f"{100 * metrics.images.detector_error(codebook):.1f} %",
+        "DETECTOR": f"{100 * images.detector_error():.1f} %",
+        "ROUND_TRIP": f"{100 * images.detector_error(codebook):.1f} %",
         "GUESS": ", ".join(f"{k} {metrics.guessing_level(k):.2f}" for k in ("color", "position")),
         "COSTS": per_model.reset_index().to_markdown(index=False),
         "SCORES": summary(scores).to_markdown(index=False),
