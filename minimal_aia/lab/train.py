@@ -2,6 +2,9 @@
 
 Every step sees fresh scenes, 8 a task. The data of step t depends on (seed, task, t) alone, so a run that
 was interrupted goes on with the same data, and models of one seed see the same scenes in the same order.
+
+`--constant-rate` stops without lowering the learning rate: an early checkpoint, for fine-tuning to go on from.
+`--aia-weight 40` adds the AIA loss from the first step on.
 """
 
 from __future__ import annotations
@@ -20,9 +23,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers.models.janus.modeling_janus import JanusVisionModel, JanusVQVAE
 
+from minimal_aia.capture import capture
 from minimal_aia.lab import images, models, vision, vq
 from minimal_aia.lab.muon import Muon
+from minimal_aia.lab.references import lab_targets
 from minimal_aia.lab.sequences import draw_batch
+from minimal_aia.loss import AIALoss, total_loss
+from minimal_aia.targets import StageTargets
 
 TASK_NUMBER = {"generation": 0, "understanding": 1}
 
@@ -37,6 +44,8 @@ class Settings:
     adam_lr: float = 3e-3
     warmup: int = 50
     save_every: int = 500
+    decay: bool = True  # False: no cosine, the rate stays up to the last step
+    aia_weight: float = 0.0  # λ of Eq. 3, from the first step on
 
 
 def data_rng(seed: int, task: str, step: int) -> np.random.Generator:
@@ -57,9 +66,11 @@ def optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimiz
 
 
 def rate(step: int, settings: Settings) -> float:
-    """Share of the full learning rate: linear warm-up, then cosine to zero."""
+    """Share of the full learning rate: linear warm-up, then cosine to zero (or constant)."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
+    if not settings.decay:
+        return 1.0
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     return 0.5 * (1 + float(np.cos(np.pi * done)))
 
@@ -73,9 +84,16 @@ def train(
     parts: dict[str, nn.Module] | None = None,
     device: str = "cpu",
     progress: bool = True,
+    targets: StageTargets | None = None,
 ) -> nn.Module:
-    """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped."""
+    """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped.
+
+    targets: what the AIA loss aims at; needed when `settings.aia_weight` is above 0.
+    """
     settings = settings or Settings()
+    aia = AIALoss(targets) if settings.aia_weight and targets else None
+    if settings.aia_weight and not aia:
+        raise ValueError(f"aia_weight is {settings.aia_weight:g}, but there are no targets")
     model: Any = models.build(name, seed, parts)
     model.to(device).train()
     if models.is_janus(model):
@@ -105,8 +123,13 @@ def train(
         losses = {}
         for task in models.TASKS[name]:
             batch = draw_batch(task, settings.batch, data_rng(seed, task, step), codebook).to(device)
-            loss = models.next_token_loss(model, batch, task)
-            loss.backward()
+            if aia:
+                with capture(model, batch.query_mask, batch.key_mask) as record:
+                    loss = models.next_token_loss(model, batch, task)
+                total_loss(loss, aia(record.intensity, task), settings.aia_weight).backward()
+            else:
+                loss = models.next_token_loss(model, batch, task)
+                loss.backward()
             losses[task] = loss.item()
         if not all(np.isfinite(value) for value in losses.values()):
             raise FloatingPointError(
@@ -166,12 +189,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--batch", type=int, default=Settings.batch, help="sequences a task and step")
+    parser.add_argument(
+        "--constant-rate", action="store_true", help="keep the learning rate up: an early checkpoint"
+    )
+    parser.add_argument("--aia-weight", type=float, default=0.0, help="λ; 0 trains without the AIA loss")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     unknown = set(args.models) - set(models.NAMES)
     if unknown:
         parser.error(f"unknown model {', '.join(sorted(unknown))}: choose from {', '.join(models.NAMES)}")
-    settings = Settings(steps=args.steps, batch=args.batch)
+    settings = Settings(
+        steps=args.steps, batch=args.batch, decay=not args.constant_rate, aia_weight=args.aia_weight
+    )
+    targets = lab_targets() if args.aia_weight else None
     codebook = images.fit_codebook()
     parts = frozen_parts(args.out / "parts", codebook) if "janus" in args.models else None
     for seed in args.seed:
@@ -180,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             if (out / "training.json").exists():
                 print(f"{out}: already trained")
                 continue
-            train(name, seed, out, codebook, settings, parts, args.device)
+            train(name, seed, out, codebook, settings, parts, args.device, targets=targets)
             print(f"{out}: done")
 
 
