@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from minimal_aia.evaluation.command import add_evaluate
+from minimal_aia.lab.sweep_command import add_sweep
 from minimal_aia.profile_command import add_profile
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minimal-aia", description="Measure and align cross-modal attention (AIA).")
     parser.add_argument("--version", action="version", version=f"minimal-aia {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_doctor, add_profile, add_evaluate):
+    for add in (_add_doctor, add_profile, add_sweep, add_evaluate):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -1,7 +1,8 @@
 """Statistics of layer curves on plain arrays: resampling by depth, bootstrap intervals, explained variance.
 
 Curves are arrays [L]; a set of samples is [N, L] (one curve a sample). Nothing here knows about models.
-Intervals are percentile bootstraps; every random choice comes from `seed`.
+Intervals are percentile bootstraps, every random choice from `seed`; over a few training seeds they are
+t-intervals, because ten values are too few to resample.
 """
 
 from __future__ import annotations
@@ -154,3 +155,18 @@ def _basis(x: Array) -> Array:
         return x
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     return u[:, s > 1e-9 * s.max()]
+
+
+def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of a few independent values (one a training seed) with its t-interval: (mean, low, high).
+
+    A paired difference is the mean of the differences. One value has no interval: low and high are nan.
+    """
+    from scipy.stats import t
+
+    values = np.asarray(values, dtype=float)
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return mean, np.nan, np.nan
+    half = float(t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5)
+    return mean, mean - half, mean + half

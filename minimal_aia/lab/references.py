@@ -2,7 +2,7 @@
 
 `data_samples/lab/reference_curves.csv` holds the held-out curves of every seed of every lab model, under each
 definition of the spans and in each sample format: made by `python -m minimal_aia.lab.references`.
-The targets are cut from the mean over the seeds of a task-specific model, so that one lucky seed is no target.
+The targets are cut from the mean over the seeds of a task-specific model: one lucky seed is no target.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def measure(
 def _table() -> pd.DataFrame:
     if not FILE.is_file():
         raise FileNotFoundError(
-            f"{FILE.name} is missing: make it with `python -m minimal_aia.lab.references` from trained lab models"
+            f"{FILE.name} is missing: `python -m minimal_aia.lab.references` makes it from trained lab models"
         )
     return pd.read_csv(FILE)
 
@@ -87,7 +87,7 @@ def lab_targets(spec: str = "lab", definition: str = "paper") -> StageTargets:
     kind = spec.removeprefix("lab").removeprefix("-")
     model = "janus" if kind == "janus" else None
     turns = 1 if kind == "single" else QUESTIONS_PER_PICTURE
-    curve = {task: reference_curve(task, model, definition, turns) for task in TASKS}
+    curve: dict[str, Any] = {task: reference_curve(task, model, definition, turns) for task in TASKS}
     if kind == "wrong":
         curve = {"generation": curve["understanding"], "understanding": curve["generation"]}
     if kind == "constant":

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minimal_aia.lab import images, metrics, models, vq
+from minimal_aia.stats import mean_interval
 
 SHIPPED_SEED = 0
 NOTES = Path(__file__).with_name("model_card.md")
@@ -53,13 +54,8 @@ def evaluate(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def interval(values: pd.Series) -> str:
     """Mean over seeds with its 95 % t-interval, as text."""
-    from scipy import stats
-
-    n, mean = len(values), values.mean()
-    if n < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, n - 1) * values.std() / n**0.5
-    return f"{mean:.3f} ± {half:.3f}"
+    mean, low, _ = mean_interval(values.to_numpy())
+    return f"{mean:.3f}" + (f" ± {mean - low:.3f}" if len(values) > 1 else "")
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:

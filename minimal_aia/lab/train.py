@@ -3,7 +3,7 @@
 Every step sees fresh scenes, 8 a task. The data of step t depends on (seed, task, t) alone, so a run that
 was interrupted goes on with the same data, and models of one seed see the same scenes in the same order.
 
-`--constant-rate` stops without lowering the learning rate: an early checkpoint, for fine-tuning to go on from.
+`--constant-rate` stops without lowering the learning rate: an early checkpoint, for fine-tuning.
 `--aia-weight 40` adds the AIA loss from the first step on.
 """
 

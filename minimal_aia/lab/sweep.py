@@ -1,0 +1,182 @@
+"""Grids of fine-tuning runs: `minimal-aia sweep recipes/ablations/*.yaml --jobs 2`.
+
+A sweep file has settings that all its runs share (`base`, keys of `TrainConfig`), `seeds`, a `baseline` arm
+and `arms`: what each changes. Every run is a folder, named after its settings, that appears when it is
+complete: a killed sweep goes on with the runs that are missing, and what several files ask for is done once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from minimal_aia.train.config import TrainConfig
+
+KEYS = ("name", "question", "base", "seeds", "baseline", "arms")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed. `folder` holds metrics.csv, curves.csv, log.csv and config.json once done."""
+
+    sweep: str
+    arm: str
+    config: TrainConfig
+
+    def key(self) -> str:
+        """The settings that decide the result, as a short hash."""
+        settings = {k: v for k, v in asdict(self.config).items() if k != "output_dir"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    question: str
+    baseline: str
+    runs: tuple[Run, ...]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read and check a sweep file; ValueError names the file, the arm and the key."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict) or set(data) != set(KEYS):
+        raise ValueError(f"{path}: a sweep file has exactly the keys {', '.join(KEYS)}")
+    arms, base, seeds = data["arms"], data["base"] or {}, data["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
+        raise ValueError(f"{path}: seeds must be a list of whole numbers")
+    if not isinstance(arms, dict) or data["baseline"] not in arms:
+        raise ValueError(f"{path}: the baseline {data['baseline']!r} is none of the arms")
+    if odd := [arm for arm in arms if not isinstance(arm, str)]:
+        raise ValueError(
+            f"{path}: arm {odd[0]!r} is no text: quote it (YAML has its own idea of on, off and 1)"
+        )
+    known = {field.name for field in fields(TrainConfig)}
+    runs = []
+    for arm, changes in arms.items():
+        settings = {**base, **(changes or {})}
+        mine = settings.pop("seeds", seeds)
+        if unknown := set(settings) - known:
+            raise ValueError(f"{path}: arm {arm!r}: unknown key {', '.join(sorted(unknown))}")
+        for seed in mine:
+            filled = {
+                k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in settings.items()
+            }
+            runs.append(Run(data["name"], arm, TrainConfig(**{**filled, "seed": seed})))
+    return Sweep(data["name"], data["question"], data["baseline"], tuple(runs))
+
+
+def measure(run: Run, progress: bool = False) -> dict[str, pd.DataFrame]:
+    """Train one run and measure it: the tables `metrics`, `curves`, `log`."""
+    from minimal_aia.lab import metrics
+    from minimal_aia.lab.finetune import distance, finetune
+    from minimal_aia.lab.references import lab_targets, reference_curve
+
+    model, codebook, log = finetune(run.config, progress)
+    rows: list[tuple] = []
+    shapes = []
+    away = distance(model, codebook, lab_targets(run.config.targets, run.config.spans), run.config.spans)
+    for task, value in away.items():
+        rows.append((task, "next_token_loss", "all", metrics.held_out_loss(model, codebook, task), 512))
+        rows.append((task, "distance_to_targets", "all", value, 256))
+        curve = metrics.curves(model, codebook, task)
+        gap = abs(curve["mean"].to_numpy() - reference_curve(task)).mean()
+        rows.append((task, "distance_to_task_specific", "all", float(gap), 256))
+        shapes.append(curve.assign(task=task))
+    for row in metrics.answer_table(model, codebook).itertuples():
+        rows.append(("understanding", "exact_match", row.kind, row.right, row.items))
+    for row in metrics.drawing_table(model, codebook).itertuples():
+        rows.append(("generation", "drawn_right", row.category, row.right, row.items))
+    table = pd.DataFrame(rows, columns=["task", "metric", "group", "value", "items"])
+    return {"metrics": table, "curves": pd.concat(shapes, ignore_index=True), "log": pd.DataFrame(log)}
+
+
+def execute(run: Run, out: Path) -> Path:
+    """Do one run unless its folder is there already; the folder appears by one rename, complete."""
+    folder = out / run.key()
+    if folder.is_dir():
+        return folder
+    unfinished = out / f"{run.key()}.{os.getpid()}.tmp"
+    unfinished.mkdir(parents=True)
+    begin = time.process_time()
+    try:
+        for name, table in measure(run).items():
+            table.to_csv(unfinished / f"{name}.csv", index=False, float_format="%.6f")
+        facts = {"config": asdict(run.config), "cpu_seconds": round(time.process_time() - begin, 1)}
+        (unfinished / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _work(job: tuple[Run, Path]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    execute(*job)
+
+
+def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1) -> None:
+    """Do every run that is missing, in order of the files, `jobs` at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob("*.tmp"):  # of a killed sweep
+        shutil.rmtree(left, ignore_errors=True)
+    missing = {run.key(): run for sweep in sweeps for run in sweep.runs if not (out / run.key()).is_dir()}
+    check_models(list(missing.values()))
+    with (
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
+    ):
+        waiting = {pool.submit(_work, (run, out)): run for run in missing.values()}
+        for done in as_completed(waiting):
+            done.result()
+            run = waiting[done]
+            bar.set_postfix_str(f"{run.sweep}: {run.arm}, seed {run.config.seed}")
+            bar.update()
+
+
+def check_models(runs: list[Run]) -> None:
+    """ValueError before any work if a run starts from a folder that is not there."""
+    wanted = {run.config.model for run in runs if not run.config.model.startswith("lab/")}
+    if lost := sorted(name for name in wanted if not (Path(name) / "config.json").is_file()):
+        raise ValueError(
+            f"{len(lost)} starting checkpoints are missing, the first is {lost[0]}: "
+            "recipes/ablations/README.md says how to train them"
+        )
+
+
+def results(sweeps: list[Sweep], out: Path) -> Iterator[tuple[Run, Path]]:
+    """The runs that are done, with their folders."""
+    for sweep in sweeps:
+        for run in sweep.runs:
+            if (out / run.key()).is_dir():
+                yield run, out / run.key()
+
+
+def table(sweeps: list[Sweep], out: Path, name: str = "metrics") -> pd.DataFrame:
+    """One tidy table of all finished runs: `sweep`, `arm`, `seed`, then the columns of the runs' tables."""
+    frames = []
+    for run, folder in results(sweeps, out):
+        frame = pd.read_csv(folder / f"{name}.csv")
+        head: dict[str, Any] = {"sweep": run.sweep, "arm": run.arm, "seed": run.config.seed}
+        frames.append(pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1))
+    if not frames:
+        raise ValueError(f"no finished run in {out}")
+    return pd.concat(frames, ignore_index=True)
