@@ -43,8 +43,8 @@ def answers_right(model: Any, batch: Sequences) -> np.ndarray:
     return (wrong == 0).numpy()
 
 
-def _held_out_items(kind: str, count: int, seed: int) -> tuple[list[scenes.Scene], list[scenes.Question]]:
-    """The held-out scenes and questions of one kind that every model is asked."""
+def held_out_items(kind: str, count: int, seed: int) -> tuple[list[scenes.Scene], list[scenes.Question]]:
+    """The held-out scenes and questions of one kind that every model is asked. More of them begin alike."""
     rng = np.random.default_rng((seed, scenes.QUESTION_KINDS.index(kind)))
     found: list[scenes.Scene] = []
     questions: list[scenes.Question] = []
@@ -63,7 +63,7 @@ def guessing_level(kind: str, count: int = 100, seed: int = EVALUATION_SEED) -> 
     kind: "color" or "position"; it answers with that property of any thing in the picture, each as likely.
     """
     shares = []
-    for scene, question in zip(*_held_out_items(kind, count, seed), strict=True):
+    for scene, question in zip(*held_out_items(kind, count, seed), strict=True):
         answers = [t.color if kind == "color" else t.place for t in scene]
         shares.append(answers.count(question.answer) / len(answers))
     return float(np.mean(shares))
@@ -76,7 +76,7 @@ def answer_table(
     device = next(model.parameters()).device
     rows = []
     for kind in scenes.QUESTION_KINDS:
-        found, questions = _held_out_items(kind, per_kind, seed)
+        found, questions = held_out_items(kind, per_kind, seed)
         pictures = np.stack([scenes.render(s) for s in found])
         codes = images.encode(pictures, codebook).tolist()
         tokens = [
@@ -87,20 +87,29 @@ def answer_table(
     return pd.DataFrame(rows)
 
 
+def held_out_prompts(
+    category: str, count: int, seed: int = EVALUATION_SEED
+) -> tuple[list[scenes.Scene], list[scenes.Prompt]]:
+    """The prompts of one category that every model draws, and the held-out scene each was made for."""
+    rng = np.random.default_rng((seed, 100 + scenes.CATEGORIES.index(category)))
+    found: list[scenes.Scene] = []
+    wanted: list[scenes.Prompt] = []
+    while len(wanted) < count:
+        scene = scenes.draw_scenes(rng, 1, True)[0]
+        options = [p for p in scenes.prompts(scene) if p.category == category]
+        if options:
+            found.append(scene)
+            wanted.append(options[rng.integers(len(options))])
+    return found, wanted
+
+
 def drawing_table(
     model: Any, codebook: np.ndarray, per_category: int = 100, seed: int = EVALUATION_SEED
 ) -> pd.DataFrame:
     """Share of prompts drawn right by category: columns `category`, `right`, `items`. One sample a prompt."""
     rows = []
-    for number, category in enumerate(("single", "two", "counting", "relation", "dense")):
-        rng = np.random.default_rng((seed, 100 + number))
-        wanted: list[scenes.Prompt] = []
-        while len(wanted) < per_category:
-            options = [
-                p for p in scenes.prompts(scenes.draw_scenes(rng, 1, True)[0]) if p.category == category
-            ]
-            if options:
-                wanted.append(options[rng.integers(len(options))])
+    for number, category in enumerate(scenes.CATEGORIES):
+        _, wanted = held_out_prompts(category, per_category, seed)
         codes = models.draw(model, [p.text for p in wanted], seed=seed + number)
         pictures = images.decode(codes, codebook)
         right = [p.satisfied_by(images.detect(picture)) for p, picture in zip(wanted, pictures, strict=True)]

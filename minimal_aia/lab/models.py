@@ -2,6 +2,7 @@
 
 unified         one Llama for both tasks, pictures as tokens of its vocabulary (as Emu3)
 janus           a JanusForConditionalGeneration: own vision encoder for reading, codes for drawing
+mot             a mixture of transformers: an expert for the codes being drawn, one for the rest (as BAGEL)
 generation      the same Llama, trained on drawing only
 understanding   the same Llama, trained on answering only
 """
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from minimal_aia.lab import images, scenes
+from minimal_aia.lab.mot import MotConfig, MotForCausalLM
 from minimal_aia.lab.sequences import (
     BOI,
     BOS,
@@ -35,16 +37,18 @@ from minimal_aia.lab.sequences import (
     FIRST_CODE,
     IMAGE,
     PAD,
+    SPECIAL,
     VOCABULARY,
     WORDS,
     Sequences,
     word_ids,
 )
 
-NAMES = ("unified", "janus", "generation", "understanding")
+NAMES = ("unified", "janus", "mot", "generation", "understanding")
 TASKS = {
     "unified": ("generation", "understanding"),
     "janus": ("generation", "understanding"),
+    "mot": ("generation", "understanding"),
     "generation": ("generation",),
     "understanding": ("understanding",),
 }
@@ -56,8 +60,8 @@ FROZEN = ("vqmodel", "vision_model")  # the parts of the Janus-like model that a
 VQ_DIM = 16  # width of a code in the Janus image tokenizer
 
 
-def _text_config(vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
+def _text_config(vocabulary: int, kind: type[LlamaConfig] = LlamaConfig, **more: int) -> Any:
+    return kind(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -70,6 +74,7 @@ def _text_config(vocabulary: int) -> LlamaConfig:
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
+        **more,
     )
 
 
@@ -78,6 +83,9 @@ def build(name: str, seed: int = 0, parts: dict[str, nn.Module] | None = None) -
     torch.manual_seed(seed)
     if name not in NAMES:
         raise ValueError(f"unknown lab model {name!r}: one of {', '.join(NAMES)}")
+    if name == "mot":
+        marks = {"first_word_id": len(SPECIAL), "first_code_id": FIRST_CODE}
+        return MotForCausalLM(_text_config(VOCABULARY, MotConfig, **marks))
     if name != "janus":
         return LlamaForCausalLM(_text_config(VOCABULARY))
     vision = {
@@ -131,8 +139,15 @@ def is_janus(model: Any) -> bool:
     return isinstance(model, JanusForConditionalGeneration)
 
 
-def _embed(model: Any, batch: Sequences, task: str) -> Tensor:
-    """Input embeddings `[B, S, D]` of a Janus batch: words, and for the picture whatever this task uses."""
+def routed(model: Any, drawn: Tensor) -> dict[str, Tensor]:
+    """What a mixture of transformers is told besides its tokens: which are being drawn, bool `[B, S]`."""
+    return {"generation_mask": drawn} if isinstance(model, MotForCausalLM) else {}
+
+
+def embed(model: Any, batch: Sequences, task: str) -> Tensor:
+    """Input embeddings `[B, S, D]`: words, and for a Janus-like model's picture whatever this task uses."""
+    if not is_janus(model):
+        return model.get_input_embeddings()(batch.ids)
     is_code = batch.ids >= FIRST_CODE
     embeds = model.get_input_embeddings()(batch.ids.masked_fill(is_code, IMAGE))
     if task == "understanding":
@@ -150,10 +165,11 @@ def label_logits(model: Any, batch: Sequences, task: str) -> tuple[Tensor, Tenso
     wanted = batch.label_mask[:, 1:]
     labels = batch.ids[:, 1:][wanted]
     if not is_janus(model):
-        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        drawn = (batch.ids >= FIRST_CODE) & (task == "generation")
+        hidden = model.model(input_ids=batch.ids, use_cache=False, **routed(model, drawn)).last_hidden_state
         return model.lm_head(hidden[:, :-1][wanted]), labels
     hidden = model.model.language_model(
-        inputs_embeds=_embed(model, batch, task), use_cache=False
+        inputs_embeds=embed(model, batch, task), use_cache=False
     ).last_hidden_state
     if task == "understanding":
         return model.lm_head(hidden[:, :-1][wanted]), labels
@@ -177,8 +193,9 @@ def draw(model: Any, prompts: list[str], seed: int = 0, temperature: float = 1.0
         embeds = model.get_input_embeddings()(torch.tensor([tokens[i] for i in rows], device=device))
         decoder = model.model.language_model if is_janus(model) else model.model
         cache, drawn = None, []
-        for _ in range(images.N_IMAGE_TOKENS):
-            out = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        for step in range(images.N_IMAGE_TOKENS):
+            extra = routed(model, torch.full(embeds.shape[:2], step > 0, device=device))
+            out = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **extra)
             cache, last = out.past_key_values, out.last_hidden_state[:, -1]
             logits = (
                 model.model.generation_head(last) if is_janus(model) else model.lm_head(last)[:, FIRST_CODE:]

@@ -101,12 +101,15 @@ def render(scene: Scene) -> np.ndarray:
     return image
 
 
+CATEGORIES = ("single", "two", "counting", "relation", "dense")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What to draw. `things`: (color, shape, row or None, col or None); `relation` orders the first two."""
 
     text: str
-    category: str  # single, two, counting, relation, dense
+    category: str  # one of CATEGORIES
     things: tuple[tuple[str, str, int | None, int | None], ...]
     relation: str | None = None
 

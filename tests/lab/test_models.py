@@ -158,6 +158,6 @@ def test_guessing_level_counts_the_things_that_share_the_answer(monkeypatch):
         "color": [scenes.Question("what color is the circle ?", "red", "color")] * 2,
         "position": [scenes.Question("where is the red circle ?", "top left", "position")] * 2,
     }
-    monkeypatch.setattr(metrics, "_held_out_items", lambda kind, count, seed: ([one, two], asked[kind]))
+    monkeypatch.setattr(metrics, "held_out_items", lambda kind, count, seed: ([one, two], asked[kind]))
     assert metrics.guessing_level("color") == pytest.approx(0.75)
     assert metrics.guessing_level("position") == pytest.approx(0.75)
