@@ -15,17 +15,14 @@ how afternoons disappear.
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from minimal_aia.pictures import Check, Picture, PictureBytes, PictureError, check_picture, find_picture
 
 IMAGE = "<image>"
 GENERATION, UNDERSTANDING = "generation", "understanding"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # a short list: some of Pillow's other readers start programs
-MAX_PIXELS = 50_000_000  # a decoded image above this is taken for a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,21 @@ class Sample:
         task: ``"generation"`` or ``"understanding"``.
         turns: pairs (human text, gpt text) without the ``<image>`` marker, outer white space stripped.
             Generation has one pair ``(prompt, "")``; understanding one or more ``(question, answer)``.
-        images: absolute paths. Understanding: one or more, they come before the first question.
-            Generation: the target image, or nothing when the sample is only a prompt.
+        images: absolute paths; from other sources than sample files also bytes or codes (see `pictures`).
+            Understanding: one or more, they come before the first question. Generation: the target image,
+            or nothing when the sample is only a prompt.
         type: free label such as ``"caption"`` or ``"short"`` (empty when the file gives none).
         source: free label such as ``"lab"`` or ``"photo"`` (empty when the file gives none).
+        dropped: the model does not see the prompt (training for classifier-free guidance): no key token.
     """
 
     id: str
     task: str
     turns: tuple[tuple[str, str], ...]
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
     type: str = ""
     source: str = ""
+    dropped: bool = False
 
 
 class SampleError(ValueError):
@@ -104,13 +104,12 @@ def read_samples(
     samples: list[Sample] = []
     problems: list[str] = []
     seen: dict[tuple, str] = {}
-    checked: dict[
-        str, Path | str
-    ] = {}  # image path as written -> the resolved path, or what is wrong with it
+    checked: dict[str, Path | str] = {}  # image path as written -> resolved, or what is wrong with it
     for line, entry in _entries(path):
         where = f"{path.name}:{line}"
         try:
-            sample = _sample(where, _parse(entry), folder, checked, decode_images)
+            check: Check = "decode" if decode_images else "header"
+            sample = _sample(where, _parse(entry), folder, checked, check)
             key = (sample.task, sample.turns, sample.images)
             if key in seen:
                 raise _Bad(f"duplicate of {seen[key]}")
@@ -129,6 +128,18 @@ def read_samples(
     if not samples and not problems:
         raise SampleError(f"{path}: no samples in the file (expected one JSON object a line)")
     return Samples(samples, tuple(problems))
+
+
+def parse_sample(entry: Any, where: str, folder: Path, check: Check = "header") -> Sample:
+    """One sample from a line of a sample file (bytes), or from its parsed object.
+
+    In an object, images may also be `PictureBytes`. folder: resolved; image paths are relative to it.
+    check: "none" does not even ask whether an image file exists. SampleError, naming `where`, if it is bad.
+    """
+    try:
+        return _sample(where, _parse(entry), folder, {}, check)
+    except _Bad as bad:
+        raise SampleError(f"{where}: {bad}", (f"{where}: {bad}",)) from None
 
 
 class _Bad(Exception):
@@ -169,13 +180,13 @@ def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _sample(where: str, entry: Any, folder: Path, checked: dict[str, Path | str], decode: bool) -> Sample:
+def _sample(where: str, entry: Any, folder: Path, checked: dict[str, Path | str], check: Check) -> Sample:
     if not isinstance(entry, dict):
         raise _Bad("not a JSON object")
     turns = _turns(entry.get("conversations"))
     names = entry.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    names = [names] if isinstance(names, str | PictureBytes) else names
+    if not isinstance(names, list) or not all(isinstance(n, str | PictureBytes) for n in names):
         raise _Bad("'image' is neither a path nor a list of paths")
     labels = [entry.get("type", ""), entry.get("source", "")]
     if not all(isinstance(x, str) for x in labels):
@@ -185,16 +196,10 @@ def _sample(where: str, entry: Any, folder: Path, checked: dict[str, Path | str]
         task, turns = GENERATION, _generation_turns(turns, len(names))
     else:
         task, turns = UNDERSTANDING, _understanding_turns(turns, len(names))
-    for name in names:
-        if name not in checked:
-            try:
-                checked[name] = _check_image(name, folder, decode)
-            except _Bad as bad:
-                checked[name] = str(bad)
-    bad_images = [found for name in names if isinstance(found := checked[name], str)]
-    if bad_images:
+    found = [_picture(name, folder, checked, check) for name in names]
+    if bad_images := [text for text in found if isinstance(text, str)]:
         raise _Bad("; ".join(bad_images))
-    images = tuple(Path(checked[name]) for name in names)
+    images = tuple(picture for picture in found if not isinstance(picture, str))
     return Sample(where, task, tuple(turns), images, labels[0], labels[1])
 
 
@@ -250,34 +255,18 @@ def _understanding_turns(turns: list[tuple[str, str]], n_images: int) -> list[tu
     return [(question, turns[0][1]), *turns[1:]]
 
 
-def _check_image(name: str, folder: Path, decode: bool) -> Path:
-    """The image's absolute path, if it lies inside ``folder`` and Pillow can read it."""
-    windows = PureWindowsPath(name)  # also understands "C:\\x" and "..\\x", which a Linux reader would not
-    if not name.strip() or "\0" in name:
-        raise _Bad("an image path is empty")
-    if windows.root or windows.drive or ".." in windows.parts:
-        raise _Bad(f"image {name!r} leaves the folder of the file (use a relative path without '..')")
+def _picture(
+    name: str | PictureBytes, folder: Path, checked: dict[str, Path | str], check: Check
+) -> Path | PictureBytes | str:
+    """The picture, or what is wrong with it. A file is looked at once however often it is named."""
+    if isinstance(name, str) and name in checked:
+        return checked[name]
+    found: Path | PictureBytes | str
     try:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
-            raise _Bad(f"image {name!r} leaves the folder of the file through a link")
-        if not path.is_file():
-            raise _Bad(f"image {name!r} does not exist")
-    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # link loops, endless names, half surrogates
-        raise _Bad(f"image {name!r} cannot be opened: {error}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we set the limit ourselves
-            with Image.open(path, formats=FORMATS) as image:
-                n_pixels = image.width * image.height
-                if n_pixels > MAX_PIXELS:
-                    raise _Bad(f"image {name!r} has {n_pixels} pixels, more than {MAX_PIXELS}")
-                if decode:
-                    image.load()
-    except Image.DecompressionBombError:
-        raise _Bad(f"image {name!r} has far more than {MAX_PIXELS} pixels") from None
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... on damaged files
-        if isinstance(error, _Bad):
-            raise
-        raise _Bad(f"image {name!r} is unreadable or truncated ({error})") from None
-    return path
+        found = find_picture(name, folder, check != "none") if isinstance(name, str) else name
+        check_picture(found, check, name if isinstance(name, str) else "")
+    except PictureError as error:
+        found = str(error)
+    if isinstance(name, str) and not isinstance(found, PictureBytes):
+        checked[name] = found
+    return found

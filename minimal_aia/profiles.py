@@ -86,7 +86,7 @@ def profile(
 
     parts, key = PartFile(out, rank), ""
     if out is not None:
-        images = [path for sample in usable for path in sample.images]
+        images = [path for sample in usable for path in sample.images if isinstance(path, Path)]
         key = fingerprint(adapter.model, _facts(adapter, plan, task, seed), images)
     done = parts.read(key)
     _barrier()  # every process has read before any writes

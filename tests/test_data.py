@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minimal_aia.data import MAX_PIXELS, Sample, SampleError, read_samples
+from minimal_aia.data import Sample, SampleError, read_samples
+from minimal_aia.pictures import MAX_PIXELS
 
 
 @pytest.fixture(scope="session")
