@@ -36,10 +36,22 @@ class Run:
     arm: str
     config: TrainConfig
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the result: all settings that are not the default ones."""
+        plain = asdict(TrainConfig())
+        mine = asdict(self.config)
+        return {k: v for k, v in mine.items() if v != plain[k] and k != "output_dir"}
+
     def key(self) -> str:
-        """The settings that decide the result, as a short hash."""
-        settings = {k: v for k, v in asdict(self.config).items() if k != "output_dir"}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def done(self, out: Path) -> bool:
+        """Is there a complete folder of this run, made under the same defaults?"""
+        file = out / self.key() / "config.json"
+        if not file.is_file():
+            return False
+        then, now = json.loads(file.read_text())["config"], asdict(self.config)
+        return all(now.get(k, v) == v for k, v in then.items() if k != "output_dir")
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ def measure(run: Run, progress: bool = False) -> dict[str, pd.DataFrame]:
 def execute(run: Run, out: Path) -> Path:
     """Do one run unless its folder is there already; the folder appears by one rename, complete."""
     folder = out / run.key()
-    if folder.is_dir():
+    if run.done(out):
         return folder
     unfinished = out / f"{run.key()}.{os.getpid()}.tmp"
     unfinished.mkdir(parents=True)
@@ -120,6 +132,7 @@ def execute(run: Run, out: Path) -> Path:
             table.to_csv(unfinished / f"{name}.csv", index=False, float_format="%.6f")
         facts = {"config": asdict(run.config), "cpu_seconds": round(time.process_time() - begin, 1)}
         (unfinished / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # made under other defaults
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -138,7 +151,7 @@ def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("*.tmp"):  # of a killed sweep
         shutil.rmtree(left, ignore_errors=True)
-    missing = {run.key(): run for sweep in sweeps for run in sweep.runs if not (out / run.key()).is_dir()}
+    missing = {run.key(): run for sweep in sweeps for run in sweep.runs if not run.done(out)}
     check_models(list(missing.values()))
     with (
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
@@ -166,7 +179,7 @@ def results(sweeps: list[Sweep], out: Path) -> Iterator[tuple[Run, Path]]:
     """The runs that are done, with their folders."""
     for sweep in sweeps:
         for run in sweep.runs:
-            if (out / run.key()).is_dir():
+            if run.done(out):
                 yield run, out / run.key()
 
 

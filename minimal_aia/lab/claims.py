@@ -1,0 +1,119 @@
+"""Do the paper's claims hold in the lab? One rule for all, applied to the committed tables.
+
+The rule and the comparisons were written down before the runs: recipes/ablations/PLAN.md. Claims (a) and (b)
+use the curves of all trained lab models, (c) the shipped models on the samples, (d) to (h) the sweeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from minimal_aia.lab.references import reference_curve
+from minimal_aia.lab.sweep_report import compare, per_run
+from minimal_aia.stats import mean_interval, pearson
+from minimal_aia.targets import TASKS
+
+DATA = Path(__file__).parents[2] / "data_samples"
+# Differences inside these would not matter: "does not hold", not "cannot tell".
+MARGIN = {"next_token_loss": 0.005, "distance_to_targets": 0.005, "distance": 0.005, "share": 0.02}
+DEGREES = ("unified", "janus", "mot")  # from shared to decoupled; the task-specific models are the reference
+
+CLAIMS = {
+    "a": "generation and understanding curves are negatively correlated in every unified model",
+    "b": "the more decoupled, the nearer the curves are to the task-specific ones",
+    "c": "the curve does not depend on the input's type or length",
+    "d1": "AIA moves the curves to its targets",
+    "d2": "AIA improves both tasks",
+    "e": "without Huber or without stages it is worse",
+    "f": "the matching reference is the best target",
+    "g": "an intermediate λ is best",
+    "h": "with AIA a 1:1 data ratio is best",
+}
+
+# claim -> (sweep, better arm, worse arm, metric, task)
+COMPARISONS = {
+    "d1": [("headline", "with AIA", "without AIA", "distance_to_targets", task) for task in TASKS],
+    "d2": [("headline", "with AIA", "without AIA", "next_token_loss", task) for task in TASKS],
+    "e": [
+        ("loss", "Huber, 4 stages", other, "next_token_loss", "sum") for other in ("L2", "raw curve")
+    ],
+    "f": [
+        ("targets", "task-specific", other, "next_token_loss", "sum")
+        for other in ("wrong task", "Janus-like", "constant")
+    ],
+    "g": [("lambda", "λ = 40", other, "next_token_loss", "sum") for other in ("λ = 0", "λ = 1", "λ = 100")],
+    "h": [
+        ("ratio", "1:1 with AIA", f"{ratio} with AIA", "next_token_loss", "sum")
+        for ratio in ("2:1", "4:1", "1:2")
+    ],
+}  # fmt: skip
+
+
+def verdict(low: float, high: float, margin: float = 0.0) -> str:
+    """Of a number that the claim says is positive, by its 95 % interval (nan: none)."""
+    if low > 0:
+        return "holds"
+    if high < 0 or (low > -margin and high < margin):
+        return "does not hold"
+    return "cannot tell"
+
+
+def together(verdicts: list[str]) -> str:
+    """One verdict for a claim with several comparisons."""
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if set(verdicts) == {"holds"} else "cannot tell"
+
+
+def sweep_claims(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Claims (d) to (h): a row a comparison, `gain` positive when the claim is right.
+
+    metrics: `data_samples/results/metrics.csv`. Columns claim, what, n (seeds), gain, low, high, verdict.
+    """
+    values = per_run(metrics)
+    rows = []
+    for claim, comparisons in COMPARISONS.items():
+        for sweep, better, worse, metric, task in comparisons:
+            found = compare(values[values["sweep"] == sweep], better, worse)
+            row = found[(found["metric"] == metric) & (found["task"] == task)].iloc[0]
+            gain, low, high = (
+                -row["difference"],
+                -row["high"],
+                -row["low"],
+            )  # all metrics here: lower is better
+            what = f"{better} against {worse}, {metric.replace('_', ' ')}, {task}"
+            rows.append((claim, what, row["seeds"], gain, low, high, verdict(low, high, MARGIN[metric])))
+    return pd.DataFrame(rows, columns=["claim", "what", "n", "gain", "low", "high", "verdict"])
+
+
+def curve_claims(curves: pd.DataFrame) -> pd.DataFrame:
+    """Claims (a) and (b) over training seeds; the columns of `sweep_claims`.
+
+    curves: `data_samples/lab/curves.csv`. For (a) the gain is −r, averaged over seeds as arctanh r.
+    """
+    wide = curves.pivot_table(index=["model", "seed", "task"], columns="layer", values="mean")
+    rows = []
+    for model in DEGREES:
+        both = wide.loc[model].unstack("task")
+        r = [
+            float(pearson(one["generation"].to_numpy(), one["understanding"].to_numpy()))
+            for one in (row.unstack("layer").T for _, row in both.iterrows())
+        ]
+        gain, low, high = np.tanh(mean_interval(-np.arctanh(r)))
+        rows.append(("a", f"−correlation over layers, {model}", len(r), gain, low, high, verdict(low, high)))
+    for task in TASKS:
+        far = {
+            model: (wide.loc[model].xs(task, level="task") - reference_curve(task)).abs().mean(axis=1)
+            for model in DEGREES
+        }
+        for shared, decoupled in pairwise(DEGREES):
+            nearer = (far[shared] - far[decoupled]).dropna().to_numpy()
+            gain, low, high = mean_interval(nearer)
+            words = f"{decoupled} nearer than {shared}, {task}"
+            rows.append(("b", words, len(nearer), gain, low, high, verdict(low, high, MARGIN["distance"])))
+    return pd.DataFrame(rows, columns=["claim", "what", "n", "gain", "low", "high", "verdict"])
