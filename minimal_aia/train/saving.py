@@ -1,0 +1,220 @@
+"""How a run saves and goes on: whole checkpoints in `transformers.Trainer`, and the choice of one to resume.
+
+Single process and DDP write one copy, FSDP2 and ZeRO one shard a process; the first process seals the folder
+when all have written. All processes must see the same `output_dir` (a shared file system between nodes).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minimal_aia.train import checkpoints as ck
+from minimal_aia.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # this class stands before Trainer in AIATrainer's bases
+
+# Another value of these is another run: steps would hold other samples.
+SAME_DATA = ("seed", "task_ratio", "per_device_train_batch_size", "prompt_dropout", "max_length")
+# These may change without a word.
+FREE = (
+    "output_dir",
+    "resume",
+    "num_processes",
+    "gradient_accumulation_steps",
+    "save_steps",
+    "save_total_limit",
+)
+FREE += ("logging_steps", "curve_steps", "report_to", "dataloader_num_workers", "use_cpu", "on_nonfinite")
+_LOG_STATE = "log_state_{}.json"  # one a process: what was logged in part
+
+
+class WholeCheckpoints(Trainer):
+    """To stand before `Trainer` among a class's bases: its checkpoints are sealed, and whole or absent.
+
+    Needs `config`; `_sums` is what the subclass has gathered for its next log entry.
+    """
+
+    config: TrainConfig
+    _sums: dict[str, torch.Tensor]
+    _staging = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where `Trainer` puts `checkpoint-N`: aside, while it is being written."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / ck.STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        run = Path(super()._get_output_dir(trial))
+        final = run / f"checkpoint-{step}"
+        staged = run / ck.STAGING / final.name
+        first = self.args.process_index == 0
+        try:
+            if first:
+                ck.clear_staging(run)
+                staged.mkdir(parents=True)
+                self._check_room(run)
+            self.accelerator.wait_for_everyone()
+            self._staging = True
+            super()._save_checkpoint(model, trial)
+            self._save_log_state(staged)
+            self.accelerator.wait_for_everyone()
+            if first:
+                facts = {"step": step, "world_size": self.args.world_size, "layout": layout(self)}
+                ck.seal(staged, config=asdict(self.config), **facts)
+                ck.publish(staged, final)
+                ck.retain(run, self.config.save_total_limit, sealed=final)
+        except Exception as error:
+            # No word to the other processes: they wait, and their launcher ends them when this one ends.
+            if not ck.is_disk_full(error):
+                raise
+            shutil.rmtree(staged, ignore_errors=True)
+            raise OSError(_disk_full(run, step, error)) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+
+    def _check_room(self, run: Path) -> None:
+        """Refuse at once what cannot fit: the last checkpoint's size, or weights and AdamW's two moments."""
+        before = ck.checkpoints(run)
+        try:
+            needed = sum(entry["bytes"] for entry in ck.read_manifest(before[-1])["files"].values())
+        except (IndexError, ValueError):
+            weights = list(self.model.parameters())
+            needed = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in weights)
+        if shutil.disk_usage(run).free < needed:
+            raise OSError(28, f"No space left for {needed / 1e9:.3g} GB")
+
+    # ---- what is logged in part ------------------------------------------------------------------------
+
+    def _save_log_state(self, folder: Path) -> None:
+        """A log entry is a mean over steps; what was summed for the next one must not be lost."""
+        state = {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "sums": {name: sums.tolist() for name, sums in self._sums.items()},
+        }
+        path = folder / _LOG_STATE.format(self.args.process_index)
+        path.write_text(json.dumps(state), encoding="utf-8")
+
+    def load_log_state(self, folder: Path) -> None:
+        """To be called when training begins: `Trainer` has set its sums to zero by then.
+
+        With another number of processes each gets the mean loss, and the first one all other sums.
+        """
+        states = [json.loads(p.read_text()) for p in sorted(folder.glob(_LOG_STATE.format("*")), key=_number)]
+        if not states:
+            return
+        rank, device = self.args.process_index, self.args.device
+        self._globalstep_last_logged = states[0]["last_logged"]
+        if len(states) == self.args.world_size:
+            self._tr_loss += states[rank]["loss"]
+            sums = {name: torch.tensor(row) for name, row in states[rank]["sums"].items()}
+        else:
+            self._tr_loss += sum(state["loss"] for state in states) / len(states)
+            sums = {}
+            for name, row in (item for state in states for item in state["sums"].items() if rank == 0):
+                sums[name] = sums.get(name, 0.0) + torch.tensor(row)
+        self._sums = {name: row.to(device) for name, row in sums.items()}
+
+
+def layout(trainer: Any) -> str:
+    """How a trainer lays its checkpoints out: "fsdp", "deepspeed", or "plain" (one process and DDP)."""
+    if trainer.is_fsdp_enabled:
+        return "fsdp"
+    return "deepspeed" if trainer.is_deepspeed_enabled else "plain"
+
+
+def resume_from(config: TrainConfig, world_size: int, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that `config.resume` asks for, checked; None to start from the beginning.
+
+    To be called by the first process, which tells the others.
+
+    Raises:
+        ValueError: there are checkpoints but `resume` is "no"; the named one is broken; it was made with other
+            data, another batch, or so many processes that the same steps cannot be formed.
+        OSError: there are checkpoints, none of them whole.
+    """
+    run = Path(config.output_dir)
+    if config.resume == "no":
+        if found := ck.checkpoints(run):
+            raise ValueError(
+                f"output_dir {run} holds {found[-1].name} of an earlier run: go on with --resume auto, or choose"
+                " another output_dir"
+            )
+        return None
+    if config.resume == "auto":
+        checkpoint = ck.last_good(run, say=say)
+        if checkpoint is None:
+            return None
+    else:
+        checkpoint = Path(config.resume)
+        if wrong := ck.problems(checkpoint):
+            raise ValueError(f"resume {checkpoint}: {wrong[0]}")
+    check_same_run(checkpoint, ck.read_manifest(checkpoint), config, world_size, say)
+    return checkpoint
+
+
+def check_same_run(
+    checkpoint: Path,
+    manifest: Mapping[str, Any],
+    config: TrainConfig,
+    world_size: int,
+    say: Callable[[str], None] = print,
+) -> None:
+    """ValueError if the coming steps would hold other samples than the interrupted run's; says what differs."""
+    was, now = manifest["config"], asdict(config)
+    for key in SAME_DATA:
+        if was.get(key) != now[key]:
+            raise ValueError(
+                f"resume {checkpoint}: {key} was {was.get(key)}, now it is {now[key]}; the data would come in"
+                " another order. Set it back, or start a new run in another output_dir"
+            )
+    micro = was["gradient_accumulation_steps"] * manifest["world_size"]
+    if micro != config.gradient_accumulation_steps * world_size:
+        fits = f"--gradient-accumulation-steps {micro // world_size}" if micro % world_size == 0 else ""
+        raise ValueError(
+            f"resume {checkpoint}: a step had {micro} micro-batches ({manifest['world_size']} processes with"
+            f" {was['gradient_accumulation_steps']}), now {config.gradient_accumulation_steps * world_size}"
+            f" ({world_size} processes with {config.gradient_accumulation_steps}). "
+            + (f"Use {fits}" if fits else f"Use a number of processes that divides {micro}")
+        )
+    for key in sorted(now.keys() - set(SAME_DATA) - set(FREE)):
+        if key in was and was[key] != now[key]:
+            say(f"resume {checkpoint.name}: {key} was {was[key]}, now it is {now[key]}")
+
+
+def check_layout(checkpoint: Path, trainer: Any) -> None:
+    """ValueError if a checkpoint's files are not of the kind that this trainer reads."""
+    was, now = ck.read_manifest(checkpoint)["layout"], layout(trainer)
+    if was != now:
+        raise ValueError(
+            f"resume {checkpoint}: it was written by a {was} run and this is a {now} run; go on with the former"
+            " launcher configuration, or export the model and start a new run from it"
+        )
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _disk_full(run: Path, step: int, error: BaseException) -> str:
+    found = [path for path in ck.checkpoints(run) if not ck.problems(path, hashes=False)]
+    kept = (
+        f"{found[-1].name} is whole: free some space, then --resume auto"
+        if found
+        else "there is no other one"
+    )
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    free = shutil.disk_usage(run).free / 1e9
+    return f"disk full: {run} cannot hold the checkpoint of step {step} ({first_line}; {free:.3g} GB free); {kept}"
