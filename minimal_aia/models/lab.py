@@ -19,9 +19,10 @@ from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
+    from minimal_aia.lab.sequences import Sequences
 
 CHECKPOINTS = Path(__file__).parents[2] / "data_samples" / "checkpoints"
-NAMES = ("unified", "janus", "generation", "understanding")
+NAMES = ("unified", "janus", "mot", "generation", "understanding")
 
 
 class LabAdapter(Adapter):
@@ -62,26 +63,56 @@ class LabAdapter(Adapter):
             rows = [
                 sequences.understanding_tokens(list(s.turns), c) for s, c in zip(samples, codes, strict=True)
             ]
-        batch = sequences.pad(rows, pictures).to(self.device)
-        inputs = {"ids": batch.ids, "label_mask": batch.label_mask, "pixels": batch.pixels}
-        mask = batch.attention_mask.long()
-        return Batch(inputs, batch.query_mask, batch.key_mask, mask, [s.id for s in samples], task)
+        return as_batch(sequences.pad(rows, pictures), task, [s.id for s in samples]).to(self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits `[N, V]` at the positions that predict labels, and the labels `[N]`."""
-        from minimal_aia.lab import models, sequences
+        from minimal_aia.lab import models
 
-        inputs = sequences.Sequences(
-            attention_mask=batch.attention_mask.bool(),
-            query_mask=batch.query_mask,
-            key_mask=batch.key_mask,
-            **batch.inputs,
-        )
-        return models.label_logits(self.model, inputs, batch.task)
+        return models.label_logits(self.model, _sequences(batch), batch.task)
+
+    def label_mask(self, batch: Batch) -> Tensor:
+        return batch.inputs["label_mask"]
+
+    def label_states(self, batch: Batch) -> tuple[Tensor, nn.Module, Tensor]:
+        """Logits at once, with a head that changes nothing: the vocabulary is small."""
+        logits, labels = self.forward(batch)
+        return logits, nn.Identity(), labels
+
+    def spans(self, batch: Batch, definition: str = "paper") -> tuple[Tensor, Tensor]:
+        from minimal_aia.lab.spans import spans
+
+        return spans(_sequences(batch), batch.task, definition)
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        from safetensors.numpy import save_file
+
+        from minimal_aia.lab import models
+
+        super().save(folder, state_dict)
+        models.tokenizer(with_codes=not models.is_janus(self.model)).save_pretrained(folder)
+        save_file({"codebook": self.codebook}, Path(folder) / "codebook.safetensors")
 
     def layers(self) -> list[nn.Module]:
         text = self.model.config.get_text_config()
         return find_layers(self.model, text.num_hidden_layers)
+
+
+def as_batch(rows: Sequences, task: str, ids: list[str]) -> Batch:
+    """A batch of the lab's own kind as adapters and trainer know it."""
+    inputs = {"ids": rows.ids, "label_mask": rows.label_mask, "pixels": rows.pixels}
+    return Batch(inputs, rows.query_mask, rows.key_mask, rows.attention_mask.long(), ids, task)
+
+
+def _sequences(batch: Batch) -> Sequences:
+    from minimal_aia.lab.sequences import Sequences
+
+    return Sequences(
+        attention_mask=batch.attention_mask.bool(),
+        query_mask=batch.query_mask,
+        key_mask=batch.key_mask,
+        **batch.inputs,
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -100,7 +131,7 @@ def _picture(path: Path) -> np.ndarray | None:
 def load_lab(name: str, **where: Any) -> LabAdapter:
     """A shipped lab model by name, or any folder that `python -m minimal_aia.lab.train` wrote.
 
-    name: "unified", "janus", "generation", "understanding" (with or without "lab/"), or a folder.
+    name: "unified", "janus", "mot", "generation", "understanding" (with or without "lab/"), or a folder.
     where: `device`, `dtype` as for `load_adapter`.
     """
     from minimal_aia.lab import models
