@@ -27,14 +27,16 @@ else:
 SAME_DATA = ("seed", "task_ratio", "per_device_train_batch_size", "prompt_dropout", "max_length")
 # These may change without a word.
 FREE = (
-    "output_dir",
-    "resume",
-    "num_processes",
-    "gradient_accumulation_steps",
-    "save_steps",
-    "save_total_limit",
+    *(
+        "output_dir",
+        "resume",
+        "num_processes",
+        "gradient_accumulation_steps",
+        "save_steps",
+        "save_total_limit",
+    ),
+    *("logging_steps", "curve_steps", "report_to", "dataloader_num_workers", "use_cpu", "on_nonfinite"),
 )
-FREE += ("logging_steps", "curve_steps", "report_to", "dataloader_num_workers", "use_cpu", "on_nonfinite")
 _LOG_STATE = "log_state_{}.json"  # one a process: what was logged in part
 
 
@@ -141,16 +143,16 @@ def resume_from(config: TrainConfig, world_size: int, say: Callable[[str], None]
     To be called by the first process, which tells the others.
 
     Raises:
-        ValueError: there are checkpoints but `resume` is "no"; the named one is broken; it was made with other
-            data, another batch, or so many processes that the same steps cannot be formed.
+        ValueError: there are checkpoints but `resume` is "no"; the named one is broken; it was made with
+            other data, another batch, or so many processes that the same steps cannot be formed.
         OSError: there are checkpoints, none of them whole.
     """
     run = Path(config.output_dir)
     if config.resume == "no":
         if found := ck.checkpoints(run):
             raise ValueError(
-                f"output_dir {run} holds {found[-1].name} of an earlier run: go on with --resume auto, or choose"
-                " another output_dir"
+                f"output_dir {run} holds {found[-1].name} of an earlier run: go on with --resume auto,"
+                " or choose another output_dir"
             )
         return None
     if config.resume == "auto":
@@ -172,7 +174,7 @@ def check_same_run(
     world_size: int,
     say: Callable[[str], None] = print,
 ) -> None:
-    """ValueError if the coming steps would hold other samples than the interrupted run's; says what differs."""
+    """ValueError if the coming steps would hold other samples than the run's; says what else differs."""
     was, now = manifest["config"], asdict(config)
     for key in SAME_DATA:
         if was.get(key) != now[key]:
@@ -199,8 +201,8 @@ def check_layout(checkpoint: Path, trainer: Any) -> None:
     was, now = ck.read_manifest(checkpoint)["layout"], layout(trainer)
     if was != now:
         raise ValueError(
-            f"resume {checkpoint}: it was written by a {was} run and this is a {now} run; go on with the former"
-            " launcher configuration, or export the model and start a new run from it"
+            f"resume {checkpoint}: it was written by a {was} run and this is a {now} run; go on with the"
+            " former launcher configuration, or export the model and start a new run from it"
         )
 
 
@@ -210,11 +212,9 @@ def _number(path: Path) -> int:
 
 def _disk_full(run: Path, step: int, error: BaseException) -> str:
     found = [path for path in ck.checkpoints(run) if not ck.problems(path, hashes=False)]
-    kept = (
-        f"{found[-1].name} is whole: free some space, then --resume auto"
-        if found
-        else "there is no other one"
-    )
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    kept = f"{found[-1].name} is whole: free some space, then --resume auto" if found else "there is none yet"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     free = shutil.disk_usage(run).free / 1e9
-    return f"disk full: {run} cannot hold the checkpoint of step {step} ({first_line}; {free:.3g} GB free); {kept}"
+    return (
+        f"disk full: {run} cannot hold the checkpoint of step {step} ({reason}; {free:.3g} GB free); {kept}"
+    )

@@ -1,11 +1,12 @@
 """SIGTERM and SIGUSR1: finish the step, save, end. For spot instances, Slurm, and a patient `kill`.
 
-The exit code is 128 + the signal's number (143 for SIGTERM, 138 for SIGUSR1), as for a process that the signal
-had ended: whoever waits sees that the run is not finished and `--resume auto` goes on. 0 always means finished.
+The exit code is 128 + the signal's number (143 for SIGTERM, 138 for SIGUSR1), as for a process that the
+signal had ended: whoever waits sees that the run is not finished, and `--resume auto` goes on. 0 always means
+finished.
 
 Slurm: `#SBATCH --signal=USR1@600` warns ten minutes before the time limit. A launcher between Slurm and the
-processes must not die of the warning: `trap '' USR1` before `srun torchrun ...`. torchrun passes SIGTERM on and
-kills what still runs 30 seconds later: too soon for the checkpoint of a large model, so warn by SIGUSR1.
+processes must not die of the warning: `trap '' USR1` before `srun torchrun ...`. torchrun passes SIGTERM on
+and kills what still runs 30 seconds later: too soon for a large model's checkpoint, so warn by SIGUSR1.
 """
 
 from __future__ import annotations
