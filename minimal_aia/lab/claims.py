@@ -6,7 +6,6 @@ use the curves of all trained lab models, (c) the shipped models on the samples,
 
 from __future__ import annotations
 
-import argparse
 from itertools import pairwise
 from pathlib import Path
 

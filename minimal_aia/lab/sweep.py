@@ -26,6 +26,9 @@ from tqdm import tqdm
 from minimal_aia.train.config import TrainConfig
 
 KEYS = ("name", "question", "base", "seeds", "baseline", "arms")
+ITEMS = (
+    100  # questions a kind and prompts a category; a sweep file may say less with `items`, for a quick look
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Run:
     sweep: str
     arm: str
     config: TrainConfig
+    items: int = ITEMS
 
     def settings(self) -> dict[str, Any]:
         """What decides the result: all settings that are not the default ones."""
         plain = asdict(TrainConfig())
         mine = asdict(self.config)
-        return {k: v for k, v in mine.items() if v != plain[k] and k != "output_dir"}
+        settings = {k: v for k, v in mine.items() if v != plain[k] and k != "output_dir"}
+        return settings if self.items == ITEMS else {**settings, "items": self.items}
 
     def key(self) -> str:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
@@ -68,8 +73,8 @@ def read_sweep(path: Path) -> Sweep:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict) or set(data) != set(KEYS):
-        raise ValueError(f"{path}: a sweep file has exactly the keys {', '.join(KEYS)}")
+    if not isinstance(data, dict) or set(data) - {"items"} != set(KEYS):
+        raise ValueError(f"{path}: a sweep file has the keys {', '.join(KEYS)}, and items if it wants")
     arms, base, seeds = data["arms"], data["base"] or {}, data["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
         raise ValueError(f"{path}: seeds must be a list of whole numbers")
@@ -90,7 +95,9 @@ def read_sweep(path: Path) -> Sweep:
             filled = {
                 k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in settings.items()
             }
-            runs.append(Run(data["name"], arm, TrainConfig(**{**filled, "seed": seed})))
+            runs.append(
+                Run(data["name"], arm, TrainConfig(**{**filled, "seed": seed}), data.get("items", ITEMS))
+            )
     return Sweep(data["name"], data["question"], data["baseline"], tuple(runs))
 
 
@@ -103,17 +110,19 @@ def measure(run: Run, progress: bool = False) -> dict[str, pd.DataFrame]:
     model, codebook, log = finetune(run.config, progress)
     rows: list[tuple] = []
     shapes = []
-    away = distance(model, codebook, lab_targets(run.config.targets, run.config.spans), run.config.spans)
-    for task, value in away.items():
-        rows.append((task, "next_token_loss", "all", metrics.held_out_loss(model, codebook, task), 512))
+    targets = lab_targets(run.config.targets, run.config.spans)
+    batches = max(1, 8 * run.items // ITEMS)  # of 64 sequences
+    for task, value in distance(model, codebook, targets, run.config.spans).items():
+        loss = metrics.held_out_loss(model, codebook, task, batches)
+        rows.append((task, "next_token_loss", "all", loss, 64 * batches))
         rows.append((task, "distance_to_targets", "all", value, 256))
         curve = metrics.curves(model, codebook, task)
         gap = abs(curve["mean"].to_numpy() - reference_curve(task)).mean()
         rows.append((task, "distance_to_task_specific", "all", float(gap), 256))
         shapes.append(curve.assign(task=task))
-    for row in metrics.answer_table(model, codebook).itertuples():
+    for row in metrics.answer_table(model, codebook, run.items).itertuples():
         rows.append(("understanding", "exact_match", row.kind, row.right, row.items))
-    for row in metrics.drawing_table(model, codebook).itertuples():
+    for row in metrics.drawing_table(model, codebook, run.items).itertuples():
         rows.append(("generation", "drawn_right", row.category, row.right, row.items))
     table = pd.DataFrame(rows, columns=["task", "metric", "group", "value", "items"])
     return {"metrics": table, "curves": pd.concat(shapes, ignore_index=True), "log": pd.DataFrame(log)}
