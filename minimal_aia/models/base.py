@@ -21,13 +21,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from minimal_aia.record import shift_left
+
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
+    from minimal_aia.pictures import Picture, PictureCodes
 
 TASKS = ("generation", "understanding")
 
@@ -82,6 +86,9 @@ class Adapter:
 
     family: str = ""
     tasks: tuple[str, ...] = ()
+    ends_turns = False  # training needs the end of the last answer too, which chat templates leave out
+    drops_prompts = False  # whether `collate` knows samples whose prompt is dropped
+    coded_tasks: tuple[str, ...] = ()  # tasks whose pictures may come as codes (`encode`)
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -90,7 +97,9 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where batches go: to the weights, or to the CPU when the adapter was loaded without any ("meta")."""
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +123,7 @@ class Adapter:
             return "no image to ask about"
         if task == "understanding" and not any(answer.strip() for _, answer in sample.turns):
             return "no answer text, so there would be no query token"
-        if task == "generation" and not sample.turns[0][0].strip():
+        if task == "generation" and not sample.turns[0][0].strip() and not sample.dropped:
             return "empty prompt, so there would be no key token"
         return None
 
@@ -124,6 +133,21 @@ class Adapter:
         if key not in self._lengths:
             self._lengths[key] = int(self.collate([sample], task).attention_mask.sum())
         return self._lengths[key]
+
+    def picture_length(self, picture: Picture) -> int:
+        """How many tokens a picture takes, in families where that differs from picture to picture."""
+        return 0
+
+    def encode(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
+        """The pictures of samples as image codes: what `collate` and `forward` would make of them."""
+        raise AdapterError(f"{self.name}: the {self.family} family has no image codes")
+
+    def set_pictures(self, fit: str = "pad", area: int = 0) -> None:
+        """How pictures are brought to size, where the family leaves a choice.
+
+        fit: of target pictures in models that know one shape only (Janus): "crop" or "pad". area: pixels, in
+        models that keep a picture's shape (Emu3); 0 leaves the processor's bounds.
+        """
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         """A padded `Batch` on the model's device, spans marked. AdapterError if a sample cannot be used."""
@@ -136,6 +160,38 @@ class Adapter:
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order; row l of an intensity tensor belongs to `layers()[l]`."""
         raise NotImplementedError
+
+    def label_mask(self, batch: Batch) -> Tensor:
+        """bool [B, S]: the tokens that the next-token loss asks for.
+
+        Generation: all image tokens. Understanding: the answers and, where a sample has them, ends of turns.
+        """
+        return batch.query_mask
+
+    def label_states(self, batch: Batch) -> tuple[Tensor, nn.Module, Tensor]:
+        """What the next-token loss needs, without logits: one pass of the language model over `batch`.
+
+        Returns the hidden states [N, D] of the N positions that predict a label, the head that makes logits
+        [N, V] of them, and the labels [N], row by row.
+        """
+        raise AdapterError(f"{self.name}: training the {self.family} family is not supported")
+
+    def label_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] at the positions that predict a label, and the labels [N]; for short sequences."""
+        states, head, labels = self.label_states(batch)
+        return head(states), labels
+
+    def spans(self, batch: Batch, definition: str = "paper") -> tuple[Tensor, Tensor]:
+        """(query_mask, key_mask), bool [B, S]: "paper", or "predicting", with queries one to the left."""
+        if definition == "paper":
+            return batch.query_mask, batch.key_mask
+        if definition == "predicting":
+            return shift_left(batch.query_mask), batch.key_mask
+        raise AdapterError(f"{self.name}: no spans {definition!r}; choose paper or predicting")
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that `load_adapter` reads: weights (safetensors), configuration, processor."""
+        self.model.save_pretrained(folder, state_dict=state_dict)
 
     def capture(self, batch: Batch) -> AbstractContextManager[Any]:
         """`with adapter.capture(batch) as record: adapter.forward(batch)`; `record.per_head` is [L, B, H].

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from minimal_aia.models.text import (
     special_inside,
     token_mask,
 )
+from minimal_aia.pictures import open_picture
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
@@ -104,16 +107,12 @@ class ChatAdapter(Adapter):
             raise AdapterError(f"{self.name}: its processor has no chat template (chat_template.jinja)")
         texts = [part for turn in zip(questions, answers) for part in turn]
         text, spans = fill(template, texts, self.name)
+        if self.ends_turns:
+            text = text[: spans[-1][1]] + self.tokenizer.eos_token
         return text, spans[1::2]
 
     def pictures(self, samples: Sequence[Sample]) -> list[list[Image.Image]]:
-        pictures: list[list[Image.Image]] = []
-        for sample in samples:
-            pictures.append([])
-            for path in sample.images:
-                with Image.open(path) as image:
-                    pictures[-1].append(image.convert("RGB"))
-        return pictures
+        return [[open_picture(picture) for picture in sample.images] for sample in samples]
 
     def process(self, texts: list[str], pictures: list[list[Image.Image]]) -> Any:
         """The processor's batch, padded on the right, with offsets for the spans."""
@@ -164,6 +163,21 @@ class ChatAdapter(Adapter):
         """
         short = {"logits_to_keep": 1} if "logits_to_keep" in self.accepted_inputs() else {}
         return self.model(**batch.inputs, use_cache=False, **short)
+
+    def label_mask(self, batch: Batch) -> Tensor:
+        if batch.task == "generation":
+            return batch.query_mask
+        after = F.pad(batch.query_mask[:, :-1], (1, 0)) & batch.attention_mask.bool()
+        return batch.query_mask | after & (batch.inputs["input_ids"] == self.tokenizer.eos_token_id)
+
+    def label_states(self, batch: Batch) -> tuple[Tensor, nn.Module, Tensor]:
+        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        wanted = self.label_mask(batch)[:, 1:]
+        return hidden[:, :-1][wanted], self.model.lm_head, batch.inputs["input_ids"][:, 1:][wanted]
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        super().save(folder, state_dict)
+        self.processor.save_pretrained(folder)
 
     def layers(self) -> list[nn.Module]:
         inner = self.model.model

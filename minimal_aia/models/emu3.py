@@ -7,19 +7,23 @@ each row of codes: the library puts one placeholder for each, and the model pred
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimal_aia.models.base import Batch
 from minimal_aia.models.chat import ChatAdapter
 from minimal_aia.models.draw import draw_tokens, own_seed
-from minimal_aia.models.text import Spans, token_mask
+from minimal_aia.models.text import Spans, shift_spans, token_mask
+from minimal_aia.pictures import PictureCodes, picture_size
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
+    from minimal_aia.pictures import Picture
 
 
 class Emu3Adapter(ChatAdapter):
@@ -29,6 +33,8 @@ class Emu3Adapter(ChatAdapter):
     """
 
     tasks = ("generation", "understanding")
+    drops_prompts = True
+    coded_tasks = ("generation", "understanding")
 
     def __init__(
         self,
@@ -51,55 +57,93 @@ class Emu3Adapter(ChatAdapter):
     def render(self, sample: Sample, task: str) -> tuple[str, Spans]:
         if task == "understanding":
             return super().render(sample, task)
-        prompt = sample.turns[0][0]
+        # A dropped prompt is an empty one, as guidance asks at inference (and as Emu3's authors trained).
+        prompt = "" if sample.dropped else sample.turns[0][0]
         return prompt + self.image_token, [(0, len(prompt))]
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
-        if task == "understanding" or all(sample.images for sample in samples):
+        if all(s.images and not any(isinstance(p, PictureCodes) for p in s.images) for s in samples):
             return super().collate(samples, task)
         self.check(samples, task)
-        made = [self._with_codes(sample) for sample in samples]
-        front = len(self.processor.bos_token)
+        texts, spans, codes = zip(*(self._with_codes(sample, task) for sample in samples))
         tokens = self.tokenizer(
-            [text for text, _ in made],
+            list(texts),
             padding=True,
             padding_side="right",
             return_tensors="pt",
             return_offsets_mapping=True,
         )
         ids, real = tokens["input_ids"], tokens["attention_mask"].bool()
-        words = token_mask(tokens["offset_mapping"], [[(front, front + len(s.turns[0][0]))] for s in samples])
+        words = token_mask(tokens["offset_mapping"], spans) & real
+        image = self.image_mask(ids, task) & real
+        query, key = (words, image) if task == "understanding" else (image, words)
         return Batch(
-            inputs={
-                "input_ids": ids,
-                "attention_mask": tokens["attention_mask"],
-                "codes": torch.cat([codes for _, codes in made]),
-            },
-            query_mask=self.image_mask(ids, task) & real,
-            key_mask=words & real,
+            inputs={"input_ids": ids, "attention_mask": tokens["attention_mask"], "codes": torch.cat(codes)},
+            query_mask=query,
+            key_mask=key,
             attention_mask=tokens["attention_mask"],
             ids=[sample.id for sample in samples],
             task=task,
         ).to(self.device, self.dtype)
 
-    def _with_codes(self, sample: Sample) -> tuple[str, Tensor]:
-        """A generation sample's whole text, and the codes of its picture, encoded or drawn. codes: int [N]"""
-        if sample.images:
-            made = self.processor.image_processor(self.pictures([sample])[0], return_tensors="pt")
-            height, width = (int(side) // self.processor.downsample_ratio for side in made["image_sizes"][0])
-            codes = self._codes(made["pixel_values"].to(self.device, self.dtype), made["image_sizes"])
-        else:
-            size = self.processor.calculate_generate_size(
+    def _with_codes(self, sample: Sample, task: str) -> tuple[str, Spans, Tensor]:
+        """A sample as its processor lays it out, with the spans and the codes [N] of all its pictures."""
+        text, spans = self.render(sample, task)
+        pictures = self.codes_of(sample)
+        parts, token = self.processor, self.image_token
+        filled, offsets = parts.bos_token, []
+        for piece, picture in zip(text.split(token), [*pictures, None]):
+            filled += piece
+            if picture is not None:
+                made = (
+                    f"{parts.image_start_token}{picture.height}*{picture.width}{parts.fake_token_around_image}"
+                    f"{token * len(picture.codes)}{parts.eof_token}{parts.image_end_token}"
+                )
+                offsets.append((len(filled), len(filled) + len(made)))
+                filled += made
+        begins = [match.start() + len(parts.bos_token) for match in re.finditer(re.escape(token), text)]
+        replaced = [
+            {"span": (begin, begin + len(token)), "new_span": new} for begin, new in zip(begins, offsets)
+        ]
+        return filled, shift_spans(spans, text, token, replaced), torch.cat([p.codes for p in pictures])
+
+    def codes_of(self, sample: Sample) -> list[PictureCodes]:
+        """A sample's pictures as codes: given, encoded here, or drawn for its prompt."""
+        if not sample.images:
+            height, width = self.processor.calculate_generate_size(
                 "1:1", self.image_area, self.processor.downsample_ratio
             )
-            height, width = size
-            codes = self._draw(sample, height, width)
-        parts = self.processor
-        return (
-            f"{parts.bos_token}{sample.turns[0][0]}{parts.image_start_token}{height}*{width}"
-            f"{parts.fake_token_around_image}{self.image_token * len(codes)}{parts.eof_token}"
-            f"{parts.image_end_token}"
-        ), codes
+            return [PictureCodes(self._draw(sample, height, width), height, width, sample.id)]
+        if all(isinstance(picture, PictureCodes) for picture in sample.images):
+            return [picture for picture in sample.images if isinstance(picture, PictureCodes)]
+        made = self.processor.image_processor(self.pictures([sample])[0], return_tensors="pt")
+        pixels, sizes = made["pixel_values"].to(self.device, self.dtype), made["image_sizes"]
+        return [
+            PictureCodes(
+                self._codes(pixels[i : i + 1], sizes[i : i + 1]),
+                *(int(side) // self.processor.downsample_ratio for side in sizes[i]),
+                sample.id,
+            )
+            for i in range(len(pixels))
+        ]
+
+    def encode(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
+        return [
+            [replace(picture, codes=picture.codes.cpu()) for picture in self.codes_of(sample)]
+            for sample in samples
+        ]
+
+    def picture_length(self, picture: Picture) -> int:
+        if isinstance(picture, PictureCodes):
+            return len(picture.codes)
+        tokens = self.processor._get_num_multimodal_tokens(image_sizes=[picture_size(picture)])
+        return int(tokens.num_image_tokens[0])
+
+    def set_pictures(self, fit: str = "pad", area: int = 0) -> None:
+        """A picture keeps its shape, but for the rounding of its sides to a multiple of eight pixels."""
+        if area:
+            images = self.processor.image_processor
+            images.min_pixels = images.max_pixels = area
 
     def _draw(self, sample: Sample, height: int, width: int) -> Tensor:
         """Draw rows of codes, each closed by the line end, after the prompt; guidance 3, best 2048, as its
@@ -150,6 +194,14 @@ class Emu3Adapter(ChatAdapter):
         if codes is None:
             codes = self._codes(batch.inputs["pixel_values"], batch.inputs["image_sizes"])
         return ids.masked_scatter(self.image_mask(ids, batch.task), codes.to(ids.dtype))
+
+    def label_states(self, batch: Batch) -> tuple[Tensor, nn.Module, Tensor]:
+        ids, mask = self.token_ids(batch), batch.inputs["attention_mask"]
+        hidden = self.model.model.text_model(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        wanted = self.label_mask(batch)[:, 1:]
+        return hidden[:, :-1][wanted], self.model.lm_head, ids[:, 1:][wanted]
 
     def forward(self, batch: Batch) -> Any:
         mask = batch.inputs["attention_mask"]

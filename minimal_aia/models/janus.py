@@ -7,16 +7,18 @@ generation embedding and its aligner, and those stand after the prompt in one pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimal_aia.models.base import AdapterError, Batch
 from minimal_aia.models.chat import ChatAdapter
 from minimal_aia.models.draw import own_seed
 from minimal_aia.models.text import Spans, fill, token_mask
+from minimal_aia.pictures import PictureCodes, crop_to_fit
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
@@ -26,6 +28,9 @@ class JanusAdapter(ChatAdapter):
     """Janus-1.3B, Janus-Pro-1B and -7B in Hugging Face layout (`JanusForConditionalGeneration`)."""
 
     tasks = ("generation", "understanding")
+    drops_prompts = True
+    coded_tasks = ("generation",)  # understanding sees pixels
+    image_fit = "pad"  # how a target picture becomes square: grey bars (the processor's way), or "crop"
 
     def why_not(self, sample: Sample, task: str) -> str | None:
         reason = super().why_not(sample, task)
@@ -55,11 +60,13 @@ class JanusAdapter(ChatAdapter):
             return_tensors="pt",
             return_offsets_mapping=True,
         )
-        if all(sample.images for sample in samples):
+        if all(sample.images and not isinstance(sample.images[0], PictureCodes) for sample in samples):
             image = {"pixel_values": self.pixels(samples)}
         else:
             image = {"codes": torch.stack([self.codes_of(sample) for sample in samples])}
         real = tokens["attention_mask"].bool()
+        dropped = torch.tensor([sample.dropped for sample in samples])
+        self._drop_prompts(tokens["input_ids"], real & dropped[:, None])
         return Batch(
             inputs={
                 "input_ids": tokens["input_ids"],
@@ -67,20 +74,33 @@ class JanusAdapter(ChatAdapter):
                 **image,
             },
             query_mask=self.image_mask(tokens["input_ids"], task) & real,
-            key_mask=token_mask(tokens["offset_mapping"], spans) & real,
+            key_mask=token_mask(tokens["offset_mapping"], spans) & real & ~dropped[:, None],
             attention_mask=tokens["attention_mask"],
             ids=[sample.id for sample in samples],
             task=task,
         ).to(self.device, self.dtype)
 
+    def _drop_prompts(self, input_ids: Tensor, rows: Tensor) -> None:
+        """What guidance asks at inference: all but begin-of-sentence and begin-of-image becomes padding that is
+        attended to, at the prompt's own length. In place. rows: bool [B, S], the real tokens of dropped prompts.
+        """
+        begin = self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
+        kept = (input_ids == self.tokenizer.bos_token_id) | (input_ids == begin)
+        input_ids[rows & ~kept & ~self.image_mask(input_ids, "generation")] = self.tokenizer.pad_token_id
+
     def pixels(self, samples: Sequence[Sample]) -> Tensor:
         """The target pictures of samples. [B, 3, height, width]"""
         pictures = [picture for row in self.pictures(samples) for picture in row]
+        if self.image_fit == "crop":
+            size = self.processor.image_processor.size
+            pictures = [crop_to_fit(picture, size["height"], size["width"]) for picture in pictures]
         made = self.processor.image_processor(pictures, return_tensors="pt")
         return made["pixel_values"].to(self.device, self.dtype)
 
     def codes_of(self, sample: Sample) -> Tensor:
         """The codes of a sample's target picture, or of one that the model draws once for its prompt. [N]"""
+        if sample.images and isinstance(sample.images[0], PictureCodes):
+            return sample.images[0].codes.to(self.device)
         if sample.images:
             return self.image_codes(self.pixels([sample]))[0]
         if sample not in self._drawn:
@@ -105,6 +125,14 @@ class JanusAdapter(ChatAdapter):
                 )[0]
         return self._drawn[sample]
 
+    def encode(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
+        codes = self.image_codes(self.pixels(samples)).cpu()
+        side = math.isqrt(codes.shape[1])
+        return [[PictureCodes(row, side, side, s.id)] for s, row in zip(samples, codes, strict=True)]
+
+    def set_pictures(self, fit: str = "pad", area: int = 0) -> None:
+        self.image_fit = fit
+
     def image_codes(self, pixel_values: Tensor) -> Tensor:
         """The VQ codes of pictures. [B, 3, height, width] -> int [B, N]"""
         with torch.no_grad():
@@ -124,12 +152,28 @@ class JanusAdapter(ChatAdapter):
         image = self.model.prepare_embeddings_for_image_generation(codes).to(words.dtype)
         return words.masked_scatter(where.unsqueeze(-1), image)
 
+    def target_codes(self, batch: Batch) -> Tensor:
+        """The codes of a generation batch's target pictures. int [B, N]"""
+        codes = batch.inputs.get("codes")
+        return self.image_codes(batch.inputs["pixel_values"]) if codes is None else codes
+
+    def label_states(self, batch: Batch) -> tuple[Tensor, nn.Module, Tensor]:
+        if batch.task != "generation":
+            return super().label_states(batch)
+        codes = self.target_codes(batch)
+        hidden = self.model.model.language_model(
+            inputs_embeds=self.generation_embeddings(batch, codes),
+            attention_mask=batch.inputs["attention_mask"],
+            use_cache=False,
+        ).last_hidden_state
+        wanted = self.label_mask(batch)[:, 1:]
+        head = self.model.model.generation_head  # two layers and an activation; the last one makes the logits
+        return head.activation_fn(head.proj_out(hidden[:, :-1][wanted])), head.vision_head, codes.flatten()
+
     def forward(self, batch: Batch) -> Any:
         if batch.task != "generation":
             return super().forward(batch)
-        codes = batch.inputs.get("codes")
-        if codes is None:
-            codes = self.image_codes(batch.inputs["pixel_values"])
+        codes = self.target_codes(batch)
         return self.model(
             inputs_embeds=self.generation_embeddings(batch, codes),
             attention_mask=batch.inputs["attention_mask"],

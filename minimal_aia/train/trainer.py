@@ -1,0 +1,316 @@
+"""`transformers.Trainer` for both tasks. The loss is `SFTModule`'s, the rest is inherited.
+
+Changed: where batches come from, how a step's loss is averaged, what is logged, what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+
+from minimal_aia.models.base import Batch
+from minimal_aia.train.config import TASKS, TrainConfig, micro_batch, weight_at
+from minimal_aia.train.module import SFTModule
+from minimal_aia.train.saving import SafeTrainer
+from minimal_aia.train.signals import stay_alive_in_worker
+
+CURVES = "curves.jsonl"  # in output_dir: one line a measurement and task
+PROBE_SAMPLES, PROBE_BATCHES = 16, 16  # curves are means over at least so many samples a task and process
+
+
+class NonFiniteLoss(ValueError):
+    """A nan or infinite loss or gradient; the message names the file with the samples' ids."""
+
+
+class AIATrainer(SafeTrainer):
+    """Trains an `SFTModule`.
+
+    Args:
+        module: the model with its loss.
+        config: the run; `training_arguments` makes `TrainingArguments` of it.
+        dataset: `dataset[g]` is micro-batch number g of the run (`config.micro_batch`), {task: Batch}.
+    """
+
+    loss_is_scaled_for_ga = True  # SFTModule divides by the whole step's counts
+
+    def __init__(self, module: SFTModule, config: TrainConfig, dataset: Any, **options: Any) -> None:
+        self.config = config
+        self._sums: dict[str, Tensor] = {}  # what was logged since the last log entry: sums and their weights
+        self._step_ids: list[str] = []
+        self.latest: dict[str, dict[str, Tensor]] = {}  # of the last micro-batch, for the progress bar
+        self._probe: list[dict[str, Batch]] = []
+        super().__init__(model=module, args=training_arguments(config), train_dataset=dataset, **options)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(Progress(self))
+        if config.curve_steps:
+            self.add_callback(Curves(self))
+
+    # ---- batches ---------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process' micro-batches in order; accelerate would deal them out again, so it is left out."""
+        order = list(self._order())
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            sampler=order,
+            collate_fn=_only,
+            num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=stay_alive_in_worker,
+            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
+        )
+
+    def _order(self) -> Iterator[int]:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for step in range(self.config.max_steps):
+            for micro in range(self.config.gradient_accumulation_steps):
+                yield micro_batch(self.config, step, micro, rank, world)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
+        """A step's micro-batches on this process, and the counts of the whole step over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_ids = [i for micro in batches for batch in micro.values() for i in batch.ids]
+        keys = ("samples", "tokens", "used")
+        counts = torch.zeros(len(TASKS), len(keys), dtype=torch.float64)
+        for micro in batches:
+            for task, batch in micro.items():
+                own = self.module.counts(batch)
+                counts[TASKS.index(task)] += torch.tensor([own[key] for key in keys], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
+        totals = {
+            task: dict(zip(keys, row, strict=True))
+            for task, row in zip(TASKS, counts.tolist(), strict=True)
+            if row[0]
+        }
+        return batches, totals
+
+    def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
+        return {task: batch.to(self.args.device, self.module.adapter.dtype) for task, batch in inputs.items()}
+
+    @property
+    def module(self) -> SFTModule:
+        return self.accelerator.unwrap_model(self.model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All: weight decay acts on every trained weight, as in the bare loop and in the paper's AdamW."""
+        return [name for name, _ in model.named_parameters()]
+
+    # ---- loss ------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's part of the step's loss, times the processes: gradients are their mean."""
+        step = self.state.global_step
+        weights = {task: weight_at(self.config, step, task) for task in TASKS}
+        loss, logs = model(inputs, weights, num_items_in_batch)
+        for task, values in logs.items():
+            self._add(task, values, self.module.counts(inputs[task]))
+        self.latest |= logs
+        if not math.isfinite(loss.item()):
+            file = self._report_nonfinite({t: {k: v.tolist() for k, v in x.items()} for t, x in logs.items()})
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteLoss(
+                    f"step {step}: the loss is {loss.item()}; its samples are in {file}"
+                )
+        loss = loss * self.accelerator.num_processes
+        return (loss, logs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            file = self._report_nonfinite({"grad_norm": float(norm)})
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteLoss(
+                    f"step {self.state.global_step}: the gradient's norm is {float(norm)};"
+                    f" its samples are in {file}"
+                )
+            model.zero_grad()  # every process sees the same norm, so all of them leave this step out
+        return norm
+
+    def _report_nonfinite(self, values: dict[str, Any]) -> Path:
+        name = f"nonfinite-step{self.state.global_step}-process{self.accelerator.process_index}.json"
+        file = Path(self.args.output_dir) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        report = {"step": self.state.global_step, "samples": self._step_ids, "values": values}
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return file
+
+    # ---- what is logged --------------------------------------------------------------------------------
+
+    def _add(self, task: str, values: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
+        """Keep means as weighted sums: [Σ weight · value, Σ weight]."""
+        for name in ("ntp", "aia", "distance"):
+            weight = counts["tokens" if name == "ntp" else "used"]
+            if name in values and weight:
+                term = torch.stack(
+                    [values[name].float() * weight, torch.full_like(values[name].float(), weight)]
+                )
+                key = f"{name}/{task}"
+                self._sums[key] = self._sums.get(key, torch.zeros_like(term)) + term
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add ntp, aia and |I − T| by task to a training entry: means since the last, of all processes."""
+        if "loss" in logs:
+            keys = [f"{name}/{task}" for name in ("ntp", "aia", "distance") for task in TASKS]
+            sums = torch.stack([self._sums.get(k, torch.zeros(2, device=self.args.device)) for k in keys])
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, "sum")
+            logs |= {k: total / n for k, (total, n) in zip(keys, sums.tolist(), strict=True) if n}
+            logs["aia_weight"] = weight_at(self.config, max(0, self.state.global_step - 1))
+            self._sums = {}
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def measure_curves(self) -> dict[str, dict[str, Any]]:
+        """By task `curve` (a list, one value a layer) and `distance`, on the run's first samples, as of now.
+
+        The same samples every time, without dropout: two measurements differ by the training between them.
+        """
+        while not self._probe or (len(self._probe) < PROBE_BATCHES and self._probed() < PROBE_SAMPLES):
+            world, rank = self.accelerator.num_processes, self.accelerator.process_index
+            self._probe.append(self.train_dataset[len(self._probe) * world + rank])
+        n_layers = len(self.module.layers or self.module.adapter.layers())
+        sums = torch.zeros(len(TASKS), n_layers + 2, device=self.args.device)  # [curve..., distance, samples]
+        for micro in self._probe:
+            batches = self._prepare_inputs(micro)
+            _, found = self.model_wrapped(batches, None)
+            for task, values in found.items():
+                used = self.module.counts(batches[task])["used"]
+                if used:
+                    row = torch.cat(
+                        [values["curve"], values["distance"][None], torch.ones(1).to(values["curve"])]
+                    )
+                    sums[TASKS.index(task)] += used * row.float()
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        return {
+            task: {"curve": (row[:-2] / row[-1]).tolist(), "distance": float(row[-2] / row[-1])}
+            for task, row in zip(TASKS, sums, strict=True)
+            if row[-1]
+        }
+
+    def _probed(self) -> int:
+        """Samples in the probe, of the task that has fewest."""
+        return min(sum(len(b[task]) for b in self._probe if task in b) for task in self.config.shares())
+
+    # ---- checkpoints -----------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A folder that `load_adapter` reads, not a bare state dictionary and pickled arguments."""
+        if self.args.should_save:
+            self.module.save(output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.module.load(resume_from_checkpoint)
+
+
+def _only(items: list) -> Any:
+    return items[0]
+
+
+class Curves(TrainerCallback):
+    """Writes the layer curves of the first samples to `curves.jsonl` and to the loggers."""
+
+    def __init__(self, trainer: AIATrainer) -> None:
+        self.trainer = trainer
+        self.last: tuple[int, dict[str, dict[str, Any]]] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.trainer.config.curve_steps == 0 or state.global_step == state.max_steps:
+            self.measure(state)
+
+    def measure(self, state: Any) -> None:
+        trainer = self.trainer
+        curves = trainer.measure_curves()
+        self.last = (state.global_step, curves)
+        if not state.is_world_process_zero:
+            return
+        with (Path(trainer.args.output_dir) / CURVES).open("a", encoding="utf-8") as file:
+            for task, found in curves.items():
+                file.write(json.dumps({"step": state.global_step, "task": task, **found}) + "\n")
+        layers = trainer.module.layers or range(10**6)
+        logs = {f"probe_distance/{task}": found["distance"] for task, found in curves.items()}
+        for task, found in curves.items():
+            logs |= {f"curve_{task}/layer_{n:02d}": v for n, v in zip(layers, found["curve"], strict=False)}
+        trainer.callback_handler.on_log(trainer.args, state, trainer.control, logs)
+
+
+class Progress(ProgressCallback):
+    """The usual bar, with both losses and mean |I − T| at its end."""
+
+    def __init__(self, trainer: AIATrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            shown = {"ntp": "ntp", "distance": "|I−T|"}
+            self.training_bar.set_postfix(
+                {
+                    f"{shown[name]} {task[:3]}": f"{values[name]:.3f}"
+                    for name in shown
+                    for task, values in self.trainer.latest.items()
+                    if name in values
+                },
+                refresh=False,
+            )
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """The inherited one prints every log entry above the bar."""
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The part of a run's configuration that `transformers.Trainer` reads."""
+    same = (
+        "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
+        "dataloader_num_workers", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+        "max_grad_norm", "warmup_steps", "lr_scheduler_type", "bf16", "use_cpu", "full_determinism",
+        "save_total_limit", "logging_steps",
+    )  # fmt: skip
+    cpu = config.use_cpu or not torch.cuda.is_available()
+    arguments = TrainingArguments(
+        **{name: getattr(config, name) for name in same},
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        report_to=loggers(config.report_to),
+        optim="adamw_torch" if cpu else "adamw_torch_fused",
+        logging_nan_inf_filter=False,  # a nan is reported, not smoothed over
+        ddp_find_unused_parameters=False,  # SFTModule gives every trained weight a gradient
+        remove_unused_columns=False,
+        disable_tqdm=False,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: never torch's old DataParallel
+    return arguments
+
+
+def loggers(report_to: str) -> list[str]:
+    """`report_to` as the Trainer takes it. ImportError names what must be installed."""
+    if report_to == "none":
+        return []
+    if report_to == "auto":
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    names = [name.strip() for name in report_to.split(",")]
+    for name in names:
+        if name not in ("tensorboard", "wandb"):
+            raise ValueError(f"report_to {report_to!r}: choose auto, none, tensorboard or wandb")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"report_to {report_to}: {name} is not installed: pip install {name}")
+    return names
