@@ -157,6 +157,26 @@ def _basis(x: Array) -> Array:
     return u[:, s > 1e-9 * s.max()]
 
 
+def beyond_chance(samples: Array, factors: Array) -> float:
+    """Share of the variance between samples that `factors` explain, 0 where chance would explain as much.
+
+    The adjusted R² over all layers together. samples [N, L]; factors [N, p], as in :func:`explained`.
+    """
+    found = explained(samples, factors, n_perm=1)
+    chance = found["df"] / (len(samples) - 1)
+    return (found["share"] - chance) / (1 - chance)
+
+
+def jackknife(samples: Array, factors: Array) -> tuple[float, float, float]:
+    """:func:`beyond_chance` with its 95 % interval over samples, by leaving out one at a time."""
+    from scipy.stats import t
+
+    n, estimate = len(samples), beyond_chance(samples, factors)
+    left_out = [beyond_chance(np.delete(samples, i, 0), np.delete(factors, i, 0)) for i in range(n)]
+    half = float(t.ppf(0.975, n - 1) * np.sqrt((n - 1) * np.var(left_out)))
+    return estimate, estimate - half, estimate + half
+
+
 def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of a few independent values (one a training seed) with its t-interval: (mean, low, high).
 
