@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +27,7 @@ from minimal_aia.models.bagel_load import load_inferencer
 from minimal_aia.models.base import Adapter, AdapterError, Batch, pad_rows
 from minimal_aia.models.loading import check_memory, default_device, display_name
 from minimal_aia.models.records import CallSpans, StepRecord, capture_sdpa
+from minimal_aia.pictures import open_picture
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
@@ -120,9 +120,8 @@ class BagelAdapter(Adapter):
         queries: list[int] = []
         keys: list[int] = []
         pictures = []
-        for path in sample.images:
-            with Image.open(path) as image:
-                picture = self.inferencer.vae_transform.resize_transform(image.convert("RGB"))
+        for image in map(open_picture, sample.images):
+            picture = self.inferencer.vae_transform.resize_transform(image)
             _, height, width = self.inferencer.vit_transform(picture).shape
             tokens = (height // patch) * (width // patch)
             ids += [ends["start_of_image"], *[0] * tokens, ends["end_of_image"]]

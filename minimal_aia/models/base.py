@@ -88,7 +88,7 @@ class Adapter:
     tasks: tuple[str, ...] = ()
     ends_turns = False  # training needs the end of the last answer too, which chat templates leave out
     drops_prompts = False  # whether `collate` knows samples whose prompt is dropped
-    coded_tasks: tuple[str, ...] = ()  # tasks whose pictures may come as codes (`encode`)
+    coded_tasks: tuple[str, ...] = ()  # tasks whose pictures may come as codes (`encode_pictures`)
 
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
@@ -97,7 +97,7 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        """Where batches go: to the weights, or to the CPU when the adapter was loaded without any ("meta")."""
+        """Where batches go: to the weights; to the CPU when the adapter was loaded without any ("meta")."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
@@ -138,7 +138,7 @@ class Adapter:
         """How many tokens a picture takes, in families where that differs from picture to picture."""
         return 0
 
-    def encode(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
+    def encode_pictures(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
         """The pictures of samples as image codes: what `collate` and `forward` would make of them."""
         raise AdapterError(f"{self.name}: the {self.family} family has no image codes")
 

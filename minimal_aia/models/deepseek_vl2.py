@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from minimal_aia.models.base import Adapter, Batch
@@ -25,6 +24,7 @@ from minimal_aia.models.loading import display_name, load_model
 from minimal_aia.models.records import StepRecord, capture_weights
 from minimal_aia.models.remote import authors_code
 from minimal_aia.models.text import special_inside
+from minimal_aia.pictures import open_picture
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
@@ -75,10 +75,7 @@ class DeepseekVL2Adapter(Adapter):
         self.check(samples, task)
         rows = []
         for sample in samples:
-            pictures = []
-            for path in sample.images:
-                with Image.open(path) as image:
-                    pictures.append(image.convert("RGB"))
+            pictures = [open_picture(picture) for picture in sample.images]
             rows.append(
                 self.processor.process_one(
                     conversations=self.conversation(sample), images=pictures, inference_mode=False

@@ -118,16 +118,13 @@ class Emu3Adapter(ChatAdapter):
             return [picture for picture in sample.images if isinstance(picture, PictureCodes)]
         made = self.processor.image_processor(self.pictures([sample])[0], return_tensors="pt")
         pixels, sizes = made["pixel_values"].to(self.device, self.dtype), made["image_sizes"]
-        return [
-            PictureCodes(
-                self._codes(pixels[i : i + 1], sizes[i : i + 1]),
-                *(int(side) // self.processor.downsample_ratio for side in sizes[i]),
-                sample.id,
-            )
-            for i in range(len(pixels))
-        ]
+        encoded = []
+        for picture, size in zip(pixels, sizes):
+            height, width = (int(side) // self.processor.downsample_ratio for side in size)
+            encoded.append(PictureCodes(self._codes(picture[None], size[None]), height, width, sample.id))
+        return encoded
 
-    def encode(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
+    def encode_pictures(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
         return [
             [replace(picture, codes=picture.codes.cpu()) for picture in self.codes_of(sample)]
             for sample in samples

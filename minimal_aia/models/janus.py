@@ -81,8 +81,10 @@ class JanusAdapter(ChatAdapter):
         ).to(self.device, self.dtype)
 
     def _drop_prompts(self, input_ids: Tensor, rows: Tensor) -> None:
-        """What guidance asks at inference: all but begin-of-sentence and begin-of-image becomes padding that is
-        attended to, at the prompt's own length. In place. rows: bool [B, S], the real tokens of dropped prompts.
+        """Pad over prompts, in place, as guidance does at inference (`generate`; the authors' training too).
+
+        All but begin-of-sentence and begin-of-image becomes padding; it keeps the prompt's length and is
+        attended to. rows: bool [B, S], the real tokens of samples whose prompt is dropped.
         """
         begin = self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
         kept = (input_ids == self.tokenizer.bos_token_id) | (input_ids == begin)
@@ -125,7 +127,7 @@ class JanusAdapter(ChatAdapter):
                 )[0]
         return self._drawn[sample]
 
-    def encode(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
+    def encode_pictures(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
         codes = self.image_codes(self.pixels(samples)).cpu()
         side = math.isqrt(codes.shape[1])
         return [[PictureCodes(row, side, side, s.id)] for s, row in zip(samples, codes, strict=True)]

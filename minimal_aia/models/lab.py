@@ -20,6 +20,7 @@ from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
     from minimal_aia.lab.sequences import Sequences
+    from minimal_aia.pictures import Picture
 
 CHECKPOINTS = Path(__file__).parents[2] / "data_samples" / "checkpoints"
 NAMES = ("unified", "janus", "mot", "generation", "understanding")
@@ -106,6 +107,7 @@ def as_batch(rows: Sequences, task: str, ids: list[str]) -> Batch:
 
 def _sequences(batch: Batch) -> Sequences:
     from minimal_aia.lab.sequences import Sequences
+    from minimal_aia.pictures import Picture
 
     return Sequences(
         attention_mask=batch.attention_mask.bool(),
@@ -116,16 +118,13 @@ def _sequences(batch: Batch) -> Sequences:
 
 
 @lru_cache(maxsize=1024)
-def _picture(path: Path) -> np.ndarray | None:
-    """uint8 `[24, 24, 3]`, or None if the file is no lab picture."""
-    from PIL import Image
-
+def _picture(picture: Picture) -> np.ndarray | None:
+    """uint8 `[24, 24, 3]`, or None if it is no lab picture."""
     from minimal_aia.lab.scenes import IMAGE_SIZE
+    from minimal_aia.pictures import open_picture
 
-    with Image.open(path) as image:
-        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-            return None
-        return np.asarray(image.convert("RGB"))
+    image = open_picture(picture)
+    return np.asarray(image) if image.size == (IMAGE_SIZE, IMAGE_SIZE) else None
 
 
 def load_lab(name: str, **where: Any) -> LabAdapter:

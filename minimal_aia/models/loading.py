@@ -164,8 +164,15 @@ def load_model(
     load_in_4bit: bool = False,
     **options: Any,
 ) -> Any:
-    """`model_class.from_pretrained` in eval mode, after the checks of this file."""
+    """`model_class.from_pretrained` in eval mode, after the checks of this file.
+
+    device "meta": the same model without weights, from its config alone, to make batches with.
+    """
     device = device or default_device()
+    if torch.device(device).type == "meta":
+        config = model_class.config_class.from_pretrained(name)
+        with torch.device("meta"):
+            return model_class._from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
     check_memory(name, dtype, None if device_map else torch.device(device), load_in_4bit)
     if load_in_4bit:
         require("bitsandbytes", f"{name} with load_in_4bit=True")

@@ -7,6 +7,7 @@ real models say what differs. `train.recipe` reads and writes YAML and builds th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal
 
 TASKS = ("generation", "understanding")
@@ -19,7 +20,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class TrainConfig:
-    """One training run. `check()` raises ValueError with every fault of the values at once."""
+    """One training run. `recipe.check` says what is wrong with its values."""
 
     # model and data
     model: str = option("lab/unified", "a name for load_adapter: lab/unified, a folder, a hub id")
@@ -52,7 +53,7 @@ class TrainConfig:
     aia_weight_understanding: float | None = option(None, "λ of this task, if another than aia_weight")
     targets: str = option(
         "lab",
-        "lab, lab-raw, ...; janus-pro, emu3, authors-code; a YAML file; NAME:rescaled fits another depth",
+        "lab, lab-raw, ...; janus-pro, emu3, authors-code; a YAML file; NAME:rescaled fits another depth; none",
     )
     aia_kind: Literal["huber", "l1", "l2"] = option("huber", "penalty on I − T")
     aia_reduction: Literal["per-sample", "batch-mean", "authors-code"] = option(
@@ -137,8 +138,9 @@ def task_counts(config: TrainConfig, step: int) -> dict[str, int]:
     The count of generation samples up to any step is the exact share rounded down: every step is within one
     sample of the ratio and no error adds up. Depends on nothing but the step: the same on every process.
     """
-    size, share = config.per_device_train_batch_size, config.shares().get("generation", 0.0)
-    generation = int((step + 1) * size * share + 1e-9) - int(step * size * share + 1e-9)
+    size = config.per_device_train_batch_size
+    parts = [Fraction(part) for part in config.task_ratio.split(":")]  # exact after any number of samples
+    generation = (step + 1) * size * parts[0] // sum(parts) - step * size * parts[0] // sum(parts)
     counts = {"generation": generation, "understanding": size - generation}
     return {task: count for task, count in counts.items() if count}
 
@@ -147,9 +149,11 @@ def micro_batch(config: TrainConfig, step: int, micro: int = 0, rank: int = 0, w
     """The number, over the whole run, of micro-batch `micro` of step `step` on process `rank` of `world`.
 
     `task_counts` and the data take it as their step. So one optimizer step holds the same samples on one
-    process with four micro-batches, on two with two, and on four with one.
+    process with four micro-batches, on two with two, and on four with one. A process' own micro-batches are
+    neighbours: with one sample each, tasks alternate in time, alike on every process. (Under FSDP all processes
+    must run the same number of passes.)
     """
-    return (step * config.gradient_accumulation_steps + micro) * world + rank
+    return (step * world + rank) * config.gradient_accumulation_steps + micro
 
 
 def weight_at(config: TrainConfig, step: int, task: str | None = None) -> float:
@@ -173,7 +177,7 @@ def layer_subset(text: str, n_layers: int | None = None) -> list[int] | None:
     layers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() or not last and "-" not in part):
+        if not first.isdecimal() or not (last.isdecimal() or (not last and "-" not in part)):
             raise ValueError(f'aia_layers {text!r}: expected all, or 0-based layers and ranges like "0-3,7"')
         if int(last or first) < int(first):
             raise ValueError(f"aia_layers {text!r}: the range {part.strip()} runs backwards")
