@@ -1,0 +1,223 @@
+"""The shape of a model, without its weights: widths for the formulas, parameters counted one by one.
+
+    shape = read_shape("deepseek-community/Janus-Pro-7B")   # or a folder, a config.json, lab/unified
+    shape.count(shape.trained(config))                      # on the meta device: no memory, no download
+
+Widths of the built-in models come from these configuration files (read, not measured here):
+
+    Janus-Pro-7B, -1B   huggingface.co/deepseek-ai/Janus-Pro-{7B,1B}/config.json; the fields that it leaves out
+                        are those of transformers' LlamaConfig, JanusVisionConfig and JanusVQVAEConfig, as in
+                        transformers' own convert_janus_weights_to_hf.py; 1B also from
+                        huggingface.co/hf-internal-testing/tiny-processor-janus/config.json
+    Emu3-Chat, -Gen     huggingface.co/BAAI/Emu3-Chat/config.json and BAAI/Emu3-Gen; VQ: Emu3VQVAEConfig
+
+The counts agree with the sizes of the published weight files (tests/train/test_plan.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from minimal_aia.train.config import TrainConfig
+
+EMU3_AREA = 720 * 720  # pixels; the paper trains Emu3 on pictures of about this size
+
+
+def _janus(hidden: int, feed_forward: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "janus",
+        "architectures": ["JanusForConditionalGeneration"],
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 102400,
+            "hidden_size": hidden,
+            "intermediate_size": feed_forward,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": 16384,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {"projection_dim": hidden},
+        "vq_config": {"projection_dim": hidden, "image_token_embed_dim": hidden},
+        # transformers 5 ties by default, but the checkpoints bring two different matrices, and then it does not
+        "tie_word_embeddings": False,
+    }
+
+
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "janus-pro-1b": _janus(2048, 5632, 24, 16),
+    "janus-pro-7b": _janus(4096, 11008, 30, 32),
+    "emu3": {
+        "model_type": "emu3",
+        "architectures": ["Emu3ForConditionalGeneration"],
+        "vocabulary_map": {"<image>": 151851},
+    },
+}
+ALIASES = {f"emu3-{kind}{end}": "emu3" for kind in ("chat", "gen", "stage1", "8b") for end in ("", "-hf")}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the plan asks of a model. `model` lies on the meta device; sizes are numbers, not bytes.
+
+    code_vocab: rows of the head that predicts image codes. image_tokens: of one picture, by task.
+    """
+
+    name: str
+    family: str  # janus, emu3, or llama for lab models
+    model: Any = field(repr=False)
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    code_vocab: int
+    attention_dropout: float
+    image_tokens: int
+    image_size: int  # pixels a side of the picture that the VQ tokenizer sees; 0: no pictures
+
+    @cached_property
+    def decoder_layers(self) -> list[nn.Module]:
+        from minimal_aia.models.base import find_layers
+
+        inner = getattr(self.model, "model", self.model)
+        for part in ("language_model", "text_model"):
+            inner = getattr(inner, part, inner)
+        return find_layers(inner, self.layers)
+
+    @property
+    def layer_class(self) -> str:
+        """What FSDP wraps: `fsdp_transformer_layer_cls_to_wrap`."""
+        return type(self.decoder_layers[0]).__name__
+
+    def in_layers(self) -> set[int]:
+        return {id(p) for layer in self.decoder_layers for p in layer.parameters()}
+
+    def trained(self, config: TrainConfig) -> list[nn.Parameter]:
+        """The weights that a full fine-tuning run trains (LoRA's own are `lora_sizes`)."""
+        from minimal_aia.train.module import freeze
+
+        self.model.requires_grad_(True)
+        freeze(self.model, config.freeze, config.shares())
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear maps of the decoder's layers by name."""
+        found = self.decoder_layers[0].named_modules()
+        return {name: module for name, module in found if isinstance(module, nn.Linear)}
+
+    def frozen_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """(vision encoder, VQ tokenizer), where the model has them."""
+        inner = getattr(self.model, "model", self.model)
+        return getattr(inner, "vision_model", None), getattr(inner, "vqmodel", None)
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def read_shape(name: str, image_area: int = 0) -> Shape:
+    """The shape of a model given by name, folder or config.json.
+
+    image_area: pixels of a picture for models that take any size (Emu3); 0: the paper's 720 x 720.
+    ValueError if nothing is known of it, or its kind is not one that trains here.
+    """
+    config = _config(name)
+    model = meta_model(config)
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    family = {"janus": "janus", "emu3": "emu3"}.get(config.model_type, "llama")
+    code_vocab, tokens, size = text.vocab_size, 36, 0
+    if family == "janus":
+        code_vocab, size = config.vq_config.num_embeddings, config.vision_config.image_size
+        tokens = (size // config.vision_config.patch_size) ** 2
+    elif family == "emu3":
+        shrink = 2 ** (len(config.vq_config.channel_multiplier) - 1)
+        size = math.isqrt(image_area or EMU3_AREA) // shrink * shrink
+        tokens = (size // shrink) * (size // shrink + 1)  # a line end closes every row of codes
+    return Shape(
+        name,
+        family,
+        model,
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        head_dim,
+        text.vocab_size,
+        code_vocab,
+        float(text.attention_dropout),
+        tokens,
+        size,
+    )
+
+
+def meta_model(config: Any) -> nn.Module:
+    """The model of a transformers configuration on the meta device: every shape, no memory."""
+    import transformers
+
+    kind = getattr(transformers, (config.architectures or ["?"])[0], None)
+    with torch.device("meta"):
+        model: nn.Module = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
+def _config(name: str) -> Any:
+    import transformers
+
+    from minimal_aia.models.lab import CHECKPOINTS
+
+    key = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    path = Path(name).expanduser()
+    if name.startswith("lab/"):
+        path = CHECKPOINTS / name.removeprefix("lab/")
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON configuration ({error})") from None
+    elif (key := ALIASES.get(key, key)) in BUILT_IN:
+        values = BUILT_IN[key]
+    else:
+        known = ", ".join(("lab/unified", "lab/janus", *BUILT_IN, *ALIASES))
+        raise ValueError(
+            f"model {name!r}: no such folder or config.json here, and none of the built-in shapes ({known});"
+            " download its config.json and give that"
+        )
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in ("janus", "emu3", "llama"):
+        raise ValueError(f"model {name!r}: model type {kind!r}; a plan is made for janus, emu3 and lab models")
+    values = {k: v for k, v in values.items() if k != "model_type"}
+    config = transformers.CONFIG_MAPPING[kind](**values)
+    if _has_own_head(path.parent):
+        config.tie_word_embeddings = False
+    if not config.architectures:
+        config.architectures = [{"janus": "Janus", "emu3": "Emu3"}.get(kind, "") + "ForConditionalGeneration"]
+    return config
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether weights lie here with a language head of their own: then transformers ties nothing."""
+    from safetensors import safe_open
+
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if "lm_head.weight" in weights.keys():  # noqa: SIM118 (not a dictionary)
+                return True
+    return False
