@@ -107,7 +107,6 @@ def as_batch(rows: Sequences, task: str, ids: list[str]) -> Batch:
 
 def _sequences(batch: Batch) -> Sequences:
     from minimal_aia.lab.sequences import Sequences
-    from minimal_aia.pictures import Picture
 
     return Sequences(
         attention_mask=batch.attention_mask.bool(),
