@@ -1,0 +1,230 @@
+"""Micro-batches of both tasks, by number: `MixedBatches(...)[g]` is {task: Batch}.
+
+The numbers are those of `config.micro_batch`. An item depends on the configuration, the data and its number
+alone: any number of data loader workers gives the same run, and a resumed run asks for the numbers that it
+still needs. Sequences are padded to the longest of their micro-batch, never to a fixed length.
+
+Several samples are never packed into one sequence. An intensity is a mean over the queries of one sample; in
+a packed sequence those of several would have to be told apart inside every layer, and the block mask rules
+out the fastest attention kernels. Sorting by length leaves little padding: `check-data` says how much.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from minimal_aia.data import Sample, SampleError
+from minimal_aia.models.base import Adapter, Batch
+from minimal_aia.train.codes import CodeStore
+from minimal_aia.train.config import TrainConfig
+from minimal_aia.train.open_source import STREAM_BLOCK, open_source
+from minimal_aia.train.order import Order
+from minimal_aia.train.sources import Source
+
+TRIES = 100  # a place whose sample is bad takes the next good one; after so many bad ones in a row, stop
+NAMED = 10  # bad samples that a process names in its log; the rest are counted only
+MAX_WORKERS = 256
+
+log = logging.getLogger(__name__)
+
+
+class MixedBatches(Dataset):
+    """The training data of a run.
+
+    Args:
+        config: task ratio, batch size, seed, dropout, length limits (see `TrainConfig`).
+        sources: one a task of the ratio.
+        adapter: makes batches; it needs no weights (`data_adapter`).
+        world_size: processes that share the run. Which of them takes which number is not asked here.
+        codes: image codes made beforehand; samples that have them do not touch their pictures.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        sources: Mapping[str, Source],
+        adapter: Adapter,
+        world_size: int = 1,
+        codes: CodeStore | None = None,
+    ) -> None:
+        self.config, self.adapter, self.codes = config, adapter, codes
+        self.sources = {task: sources[task] for task in config.shares()}
+        self.order = Order.of(config, world_size)
+        if config.prompt_dropout and "generation" in self.sources and not adapter.drops_prompts:
+            raise ValueError(
+                f"prompt_dropout {config.prompt_dropout}: the {adapter.family} family drops no prompts; set 0"
+            )
+        for task, source in self.sources.items():
+            if codes is not None and task in adapter.coded_tasks:
+                codes.check_source(task, source)
+                source.check = "none"
+            window = len(self.order.window_places(task, 0))
+            if source.endless and self.order.window > 1 and window > source.block:
+                raise ValueError(
+                    f"length_window {config.length_window}: {window} samples, more than the {source.block}"
+                    " that a stream keeps in memory; lower it"
+                )
+        self._arranged: dict[str, tuple[int, list[int]]] = {}
+        self._named: set[str] = set()
+        # One counter a worker, in shared memory: the trainer's process reads what its workers count.
+        self._skipped = torch.zeros(MAX_WORKERS + 1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return self.config.max_steps * self.order.per_step
+
+    def __getitem__(self, number: int) -> dict[str, Batch]:
+        return {task: self._batch(task, places) for task, places in self._places(number).items()}
+
+    def samples(self, number: int) -> dict[str, list[Sample]]:
+        """What a micro-batch is made of, before tokens and pixels."""
+        return {
+            task: [self._sample(task, place)[0] for place in places]
+            for task, places in self._places(number).items()
+        }
+
+    @property
+    def skipped(self) -> int:
+        """Bad samples that this process and its workers have replaced so far."""
+        return int(self._skipped.sum())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the order of the data: a resumed run compares it with its checkpoint's."""
+        return {
+            "ratio": str(self.order.share),
+            "samples_a_step": self.order.batch * self.order.per_step,
+            "window": self.order.window,
+            "seed": self.order.seed,
+            "prompt_dropout": self.config.prompt_dropout,
+            "sources": {task: [source.fingerprint, source.block] for task, source in self.sources.items()},
+        }
+
+    # ---- which samples ---------------------------------------------------------------------------------
+
+    def _places(self, number: int) -> dict[str, Sequence[int]]:
+        places = {task: self.order.places(task, number, partial(self._window, task)) for task in self.sources}
+        return {task: found for task, found in places.items() if found}
+
+    def _window(self, task: str, window: int) -> list[int]:
+        """A window's places, sorted once, not for every micro-batch."""
+        if self._arranged.get(task, (None,))[0] != window:
+            self._arranged[task] = window, self.order.arrange(task, window, partial(self._length, task))
+        return self._arranged[task][1]
+
+    def _index(self, task: str, place: int) -> int:
+        source = self.sources[task]
+        return self.order.index(task, place, source.block, source.endless)
+
+    def _length(self, task: str, place: int) -> int:
+        """About how many tokens a sample has: four bytes of text each, and pictures where they differ."""
+        source, index = self.sources[task], self._index(task, place)
+        text = source.text_bytes(index) // 4
+        if self.codes is not None and task in self.adapter.coded_tasks:
+            return text + self.codes.length(task, index)
+        if type(self.adapter).picture_length is Adapter.picture_length:
+            return text
+        try:
+            return text + sum(self.adapter.picture_length(picture) for picture in source[index].images)
+        except ValueError:  # a bad sample, which is dealt with when its turn comes
+            return text
+
+    def _sample(self, task: str, place: int, tries: int = 0) -> tuple[Sample, int]:
+        """The sample at a place, or the next good one but `tries`; and how many were passed over."""
+        source, index = self.sources[task], self._index(task, place)
+        first = index - index % source.block
+        reason = ""
+        for n in range(tries, min(TRIES, source.block)):
+            candidate = first + (index - first + n) % source.block
+            try:
+                sample = source[candidate]
+            except SampleError as error:
+                reason = str(error)
+            else:
+                if self.codes is not None and task in self.adapter.coded_tasks:
+                    sample = replace(sample, images=self.codes.pictures(task, candidate))
+                if task == "generation" and self.order.drops(place, self.config.prompt_dropout):
+                    sample = replace(sample, dropped=True)
+                if (why := self.adapter.why_not(sample, task)) is None:
+                    return sample, n
+                reason = f"{sample.id}: {why}"
+            self._bad(reason)
+        raise SampleError(f"{source.name}: too many bad samples in a row; the last: {reason}")
+
+    # ---- batches ---------------------------------------------------------------------------------------
+
+    def _batch(self, task: str, places: Sequence[int]) -> Batch:
+        found = [self._sample(task, place) for place in places]
+        while True:
+            samples = [sample for sample, _ in found]
+            try:
+                batch, why = self.adapter.collate(samples, task), {}
+            except Exception as error:
+                batch, why = None, self._culprits(samples, task, error)
+            if batch is not None:
+                why = self._too_long(batch)
+                if not why:
+                    return batch
+            for row, reason in why.items():
+                self._bad(f"{samples[row].id}: {reason}")
+                found[row] = self._sample(task, places[row], found[row][1] + 1)
+
+    def _culprits(self, samples: Sequence[Sample], task: str, error: Exception) -> dict[int, str]:
+        """Which samples cannot be collated, and why; the error itself if each of them can."""
+        why = {}
+        for row, sample in enumerate(samples):
+            try:
+                self.adapter.collate([sample], task)
+            except Exception as bad:
+                why[row] = str(bad).strip() or type(bad).__name__
+        if not why or isinstance(error, MemoryError):
+            raise error
+        return why
+
+    def _too_long(self, batch: Batch) -> dict[int, str]:
+        limit = self.config.max_length
+        if limit is None:
+            return {}
+        lengths = batch.attention_mask.sum(1).tolist()
+        return {i: f"{n} tokens, more than max_length {limit}" for i, n in enumerate(lengths) if n > limit}
+
+    def _bad(self, reason: str) -> None:
+        if self.config.on_bad_sample == "fatal":
+            raise SampleError(f"{reason} (on_bad_sample: skip goes on without it)", (reason,))
+        worker = get_worker_info()
+        self._skipped[0 if worker is None else worker.id % MAX_WORKERS + 1] += 1
+        if reason not in self._named and len(self._named) < NAMED:
+            self._named.add(reason)
+            log.warning("skipped a bad sample: %s", reason)
+
+
+def data_adapter(config: TrainConfig) -> Adapter:
+    """The model's adapter without its weights: all that batches need, in any number of workers."""
+    from minimal_aia.models import load_adapter
+
+    adapter: Any = load_adapter(config.model, device="meta", dtype=getattr(torch, config.dtype))
+    adapter.set_pictures(config.image_fit, config.image_area)
+    adapter.ends_turns = True
+    return adapter
+
+
+def open_data(config: TrainConfig, world_size: int = 1, adapter: Adapter | None = None) -> MixedBatches:
+    """The data that a recipe names. Every error a user can make is raised here, before training starts."""
+    specs = {task: getattr(config, f"{task}_data") for task in config.shares()}
+    if lab := [task for task, spec in specs.items() if spec == "lab"]:
+        raise ValueError(f"{lab[0]}_data lab: endless scenes are for both tasks or none")
+    sources = {t: open_source(spec, t, config.image_folder, STREAM_BLOCK) for t, spec in specs.items()}
+    adapter = adapter or data_adapter(config)
+    codes = CodeStore(config.codes, adapter) if config.codes else None
+    return MixedBatches(config, sources, adapter, world_size, codes)
+
+
+def padding(batches: Mapping[str, Batch]) -> tuple[int, int]:
+    """(tokens, positions) of batches: their difference is padding."""
+    masks = [batch.attention_mask for batch in batches.values()]
+    return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
