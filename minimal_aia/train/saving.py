@@ -11,44 +11,44 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerCallback
 
 from minimal_aia.train import checkpoints as ck
 from minimal_aia.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object  # this class stands before Trainer in AIATrainer's bases
+from minimal_aia.train.signals import StopAtStepBoundary
 
 # Another value of these is another run: steps would hold other samples.
 SAME_DATA = ("seed", "task_ratio", "per_device_train_batch_size", "prompt_dropout", "max_length")
 # These may change without a word.
-FREE = (
-    *(
-        "output_dir",
-        "resume",
-        "num_processes",
-        "gradient_accumulation_steps",
-        "save_steps",
-        "save_total_limit",
-    ),
-    *("logging_steps", "curve_steps", "report_to", "dataloader_num_workers", "use_cpu", "on_nonfinite"),
-)
+FREE = """output_dir resume num_processes gradient_accumulation_steps save_steps save_total_limit
+    logging_steps curve_steps report_to dataloader_num_workers use_cpu on_nonfinite""".split()
 _LOG_STATE = "log_state_{}.json"  # one a process: what was logged in part
 
 
-class WholeCheckpoints(Trainer):
-    """To stand before `Trainer` among a class's bases: its checkpoints are sealed, and whole or absent.
+class SafeTrainer(Trainer):
+    """A `Trainer` whose checkpoints are sealed, and whole or absent, and which stops at a step boundary.
 
-    Needs `config`; `_sums` is what the subclass has gathered for its next log entry.
+    Needs `config` before its own `__init__`; `_sums` is what the subclass gathers for its next log entry.
     """
 
     config: TrainConfig
     _sums: dict[str, torch.Tensor]
     _staging = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop = StopAtStepBoundary(self.accelerator)
+        self.add_callback(self.stop)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; `self.stop.exit_code` says afterwards whether a signal ended it before the last step."""
+        if resume_from_checkpoint:
+            self.add_callback(_RestoreLog(self, Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where `Trainer` puts `checkpoint-N`: aside, while it is being written."""
@@ -110,7 +110,7 @@ class WholeCheckpoints(Trainer):
         path.write_text(json.dumps(state), encoding="utf-8")
 
     def load_log_state(self, folder: Path) -> None:
-        """To be called when training begins: `Trainer` has set its sums to zero by then.
+        """Take back what `_save_log_state` wrote.
 
         With another number of processes each gets the mean loss, and the first one all other sums.
         """
@@ -128,6 +128,36 @@ class WholeCheckpoints(Trainer):
             for name, row in (item for state in states for item in state["sums"].items() if rank == 0):
                 sums[name] = sums.get(name, 0.0) + torch.tensor(row)
         self._sums = {name: row.to(device) for name, row in sums.items()}
+
+
+class _RestoreLog(TrainerCallback):
+    """`Trainer` sets its sums to zero just before training begins: this puts the saved ones back."""
+
+    def __init__(self, trainer: SafeTrainer, checkpoint: Path) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.load_log_state(self.checkpoint)
+
+
+def resume_point(trainer: SafeTrainer, say: Callable[[str], None] = print) -> str | None:
+    """`resume_from` of a run, decided by its first process for all of them."""
+    found, failure = "", None
+    if trainer.accelerator.is_main_process:
+        try:
+            checkpoint = resume_from(trainer.config, trainer.args.world_size, say)
+            if checkpoint:
+                check_layout(checkpoint, trainer)
+                found = str(checkpoint)
+        except (ValueError, OSError) as error:
+            failure = error
+    shared: list[Any] = [found, failure is not None]
+    broadcast_object_list(shared)
+    if failure:
+        raise failure
+    if shared[1]:
+        raise SystemExit(2)  # the first process has said why
+    return shared[0] or None
 
 
 def layout(trainer: Any) -> str:
