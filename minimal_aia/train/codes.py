@@ -65,7 +65,7 @@ class CodeStore:
             )
 
     def check_model(self, adapter: Adapter) -> None:
-        """ValueError if the codes come from another VQ tokenizer than the model's, which needs its weights."""
+        """ValueError if the codes come from another VQ tokenizer than the model has. Needs its weights."""
         if self.index["vq"] != vq_fingerprint(adapter):
             raise ValueError(
                 f"{self.folder}: its codes come from another VQ tokenizer than {adapter.name}'s; run"
