@@ -11,9 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from minimal_aia.convert_command import add_convert
 from minimal_aia.evaluation.command import add_evaluate
+from minimal_aia.evaluation.imported import add_import_scores
 from minimal_aia.lab.sweep_command import add_sweep
 from minimal_aia.profile_command import add_profile
+from minimal_aia.train.command import add_train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minimal-aia", description="Measure and align cross-modal attention (AIA).")
     parser.add_argument("--version", action="version", version=f"minimal-aia {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_doctor, add_profile, add_sweep, add_evaluate):
+    for add in (_add_doctor, add_profile, add_train, add_convert, add_sweep, add_evaluate, add_import_scores):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -1,7 +1,7 @@
 """Everything a training run can be told, in one flat dataclass. A recipe is a YAML file with these keys.
 
-Names that `transformers.TrainingArguments` has too mean the same here. Defaults fit the laptop lab; recipes for
-real models say what differs. `train.recipe` reads and writes YAML and builds the command line from this class.
+Names that `transformers.TrainingArguments` has too mean the same here. Defaults fit the laptop lab; recipes
+for real models say what differs. `train.recipe` reads and writes YAML and makes the command line of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrainConfig:
     aia_weight_understanding: float | None = option(None, "λ of this task, if another than aia_weight")
     targets: str = option(
         "lab",
-        "lab, lab-raw, ...; janus-pro, emu3, authors-code; a YAML file; NAME:rescaled fits another depth; none",
+        "none, lab, lab-raw, ..., janus-pro, emu3, authors-code, a YAML file; NAME:rescaled fits its depth",
     )
     aia_kind: Literal["huber", "l1", "l2"] = option("huber", "penalty on I − T")
     aia_reduction: Literal["per-sample", "batch-mean", "authors-code"] = option(
@@ -150,8 +150,8 @@ def micro_batch(config: TrainConfig, step: int, micro: int = 0, rank: int = 0, w
 
     `task_counts` and the data take it as their step. So one optimizer step holds the same samples on one
     process with four micro-batches, on two with two, and on four with one. A process' own micro-batches are
-    neighbours: with one sample each, tasks alternate in time, alike on every process. (Under FSDP all processes
-    must run the same number of passes.)
+    neighbours: with one sample each, tasks alternate in time, alike on every process. (Under FSDP all
+    processes must run the same number of passes.)
     """
     return (step * world + rank) * config.gradient_accumulation_steps + micro
 
@@ -177,8 +177,8 @@ def layer_subset(text: str, n_layers: int | None = None) -> list[int] | None:
     layers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() or (not last and "-" not in part)):
-            raise ValueError(f'aia_layers {text!r}: expected all, or 0-based layers and ranges like "0-3,7"')
+        if not first.isdecimal() or ("-" in part and not last.isdecimal()):
+            raise ValueError(f'aia_layers {text!r}: expected all, or layers and ranges like "0-3,7"')
         if int(last or first) < int(first):
             raise ValueError(f"aia_layers {text!r}: the range {part.strip()} runs backwards")
         layers.update(range(int(first), int(last or first) + 1))

@@ -10,38 +10,25 @@ a step is cut into micro-batches and processes. With one of each it is Σ share 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minimal_aia.capture import capture
 from minimal_aia.loss import aia_loss
 from minimal_aia.models.base import Adapter, Batch
 from minimal_aia.targets import StageTargets
-from minimal_aia.train.config import TASKS, TrainConfig, layer_subset
+from minimal_aia.train.config import TrainConfig, layer_subset
+from minimal_aia.train.label_loss import label_loss
+from minimal_aia.train.parts import add_lora, freeze, merged
 
-LOGITS_AT_ONCE = 2**27  # numbers: half a GB in float32, then a piece at a time, recomputed in backward
-
-# Parts of a unified model by the names that transformers gives them (`freeze` in the configuration).
-PARTS = {
-    "vq": ("vqmodel",),
-    "vision": ("vision_model",),
-    "aligner": ("aligner", "generation_aligner"),
-    "generation": ("generation_embeddings", "generation_head"),
-    "language": ("language_model", "text_model"),
-}
-# Parts of Janus that only one task uses.
-ONLY = {
-    "generation": ("generation_aligner", "generation_embeddings", "generation_head"),
-    "understanding": ("aligner", "vision_model"),
-}
+TRAINED = "trained.safetensors"  # in a LoRA checkpoint: what is trained, and nothing else
 
 
 class SFTModule(nn.Module):
@@ -50,18 +37,20 @@ class SFTModule(nn.Module):
     Args:
         adapter: a model that offers `label_states`; its weights are trained in place.
         config: what to train and how.
-        targets: stages for as many layers as the model has (`resolve_targets`).
+        targets: stages for as many layers as the model has (`resolve_targets`); None if λ is 0 all along.
     """
 
-    def __init__(self, adapter: Adapter, config: TrainConfig, targets: StageTargets) -> None:
+    def __init__(self, adapter: Adapter, config: TrainConfig, targets: StageTargets | None) -> None:
         super().__init__()
         self.adapter, self.recipe, self.targets = adapter, config, targets
         self.model = adapter.model
-        self.config = deepcopy(
-            adapter.model.config
-        )  # for Trainer and DeepSpeed, which read it and write to it
+        self.config = deepcopy(self.model.config)  # Trainer and DeepSpeed read it, and write to it
         self.layers = layer_subset(config.aia_layers, len(adapter.layers()))
         self._frozen = freeze(self.model, config.freeze, config.shares())
+        if config.lora_rank:
+            add_lora(self.model, adapter.layers(), config)
+        if config.gradient_checkpointing:
+            checkpoint_activations(self.model)
 
     def train(self, mode: bool = True) -> SFTModule:
         super().train(mode)
@@ -115,7 +104,8 @@ class SFTModule(nn.Module):
             watch = capture(self.model, query, key, batch.attention_mask, layers=self.layers)
         with watch as record:
             states, head, labels = self.adapter.label_states(batch)
-        return label_loss(states, head, labels), record.intensity if capturing else None
+        loss = label_loss(states, head, labels, self.recipe.use_liger)
+        return loss, record.intensity if capturing else None
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
@@ -130,15 +120,16 @@ class SFTModule(nn.Module):
         return self.measured(batch.task, intensity)
 
     def measured(self, task: str, intensity: Tensor) -> dict[str, Tensor]:
-        """intensity [L, B] -> its mean over samples [L], and its mean distance to the targets."""
-        target, _ = self.goal(task, intensity)
-        return {
-            "curve": intensity.nanmean(dim=1),
-            "distance": (intensity - target[:, None]).abs().nanmean(),  # nan: samples without a span
-        }
+        """intensity [L, B] -> its mean over samples [L] and, if there are targets, its distance to them."""
+        found = {"curve": intensity.nanmean(dim=1)}  # nan: samples without a span
+        if self.targets is not None and getattr(self.targets, task):
+            target, _ = self.goal(task, intensity)
+            found["distance"] = (intensity - target[:, None]).abs().nanmean()
+        return found
 
     def goal(self, task: str, intensity: Tensor) -> tuple[Tensor, Tensor]:
         """T and δ [L] of the recorded layers."""
+        assert self.targets is not None
         target, delta = self.targets.tensors(task, device=intensity.device)
         return (target, delta) if self.layers is None else (target[self.layers], delta[self.layers])
 
@@ -150,27 +141,42 @@ class SFTModule(nn.Module):
         tokens = self.adapter.label_mask(batch)[:, 1:].sum()
         return {"samples": len(batch), "tokens": int(tokens), "used": int(used.sum())}
 
-    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a folder that `load_adapter` reads. state_dict: this module's, gathered, if it is sharded."""
-        mine = None
-        if state_dict is not None:
-            mine = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-        self.adapter.save(folder, mine)
+    def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write what `load` takes back; without LoRA, a folder that `load_adapter` reads too.
+
+        state_dict: this module's, gathered, if it is sharded; an empty one: everything but the weights.
+        """
+        if not self.recipe.lora_rank:
+            self.export(folder, state_dict)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        save_file({n: t.contiguous() for n, t in state.items() if n in trained}, Path(folder) / TRAINED)
 
     def load(self, folder: str | Path) -> None:
         """Take back the weights that `save` wrote. ValueError if they are another model's."""
-        from safetensors.torch import load_file
-
-        files = sorted(Path(folder).glob("*.safetensors"))
-        state = {
-            name: t for file in files if file.name.startswith("model") for name, t in load_file(file).items()
+        files = [Path(folder) / TRAINED]
+        if not self.recipe.lora_rank:
+            files = sorted(Path(folder).glob("model*.safetensors"))
+        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        target: nn.Module = self if self.recipe.lora_rank else self.model
+        wanted = {
+            name for name, p in target.named_parameters() if p.requires_grad or not self.recipe.lora_rank
         }
-        result = self.model.load_state_dict(state, strict=False)
-        tied = {name for name in result.missing_keys if name in (self.model._tied_weights_keys or ())}
-        if wrong := sorted({*result.missing_keys, *result.unexpected_keys} - tied):
-            raise ValueError(
-                f"{folder}: not a checkpoint of this model: {len(wrong)} weights, first {wrong[0]}"
-            )
+        result = target.load_state_dict(state, strict=False)
+        if wrong := sorted({*result.unexpected_keys, *(wanted & {*result.missing_keys})}):
+            raise ValueError(f"{folder}: another model's checkpoint: {len(wrong)} weights, first {wrong[0]}")
+
+    def export(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write a folder that `load_adapter` and `from_pretrained` read, LoRA merged into the weights."""
+        state = None
+        if state_dict is not None or self.recipe.lora_rank:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+            if self.recipe.lora_rank:
+                state = merged(state, self.recipe.lora_alpha / self.recipe.lora_rank)
+        self.adapter.save(folder, state)
 
     def _touch_the_rest(self, loss: Tensor, batches: Mapping[str, Batch]) -> Tensor:
         """Give every trained weight a gradient, if only zeros, when a task of the run is missing here.
@@ -186,57 +192,27 @@ class SFTModule(nn.Module):
         return loss + sum((0.0 * p.sum() for p in rest), torch.zeros_like(loss))
 
 
-def label_loss(states: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
-    """Mean cross-entropy in float32; never more than LOGITS_AT_ONCE logits in memory.
-
-    states: [N, D]; head: [n, D] -> [n, V]; labels: int [N]. No label at all: zero, with its graph.
-    """
-    if not len(labels):
-        return 0.0 * states.sum()
-
-    def nats(some: Tensor, wanted: Tensor, reduction: str = "sum") -> Tensor:
-        return F.cross_entropy(head(some).float(), wanted, reduction=reduction)
-
-    size = max(1, LOGITS_AT_ONCE // getattr(head, "out_features", 1))
-    if len(labels) <= size:
-        return nats(states, labels, "mean")
-    pieces = zip(states.split(size), labels.split(size), strict=True)
-    return torch.stack([checkpoint(nats, *piece, use_reentrant=False) for piece in pieces]).sum() / len(
-        labels
-    )
+def checkpoint_activations(model: Any) -> None:
+    """Keep only each layer's input for the backward pass. Never the re-entrant kind: it drops intensities."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # its name before transformers 5.20 or so
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def freeze(model: Any, parts: str, tasks: Collection[str] = TASKS) -> list[nn.Module]:
-    """Switch off the gradients of the named parts, of the VQ tokenizer, and of what no task of the run uses.
-
-    The VQ tokenizer makes the labels: nothing that is trained may change it. Parts that no task uses would
-    get weight decay alone in a distributed run. Returns what was frozen; ValueError for unknown names.
-    """
-    names = {"vq", *(name.strip() for name in parts.split(",") if name.strip())}
-    if unknown := sorted(names - PARTS.keys()):
-        raise ValueError(f"freeze: there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
-    unused = [attribute for task in TASKS if task not in tasks for attribute in ONLY[task]]
-    inner = getattr(model, "model", model)
-    found = [getattr(inner, name, None) for name in [*unused, *(a for n in sorted(names) for a in PARTS[n])]]
-    if "generation" in tasks and len(tasks) == 1 and hasattr(inner, "generation_head"):
-        head, words = model.get_output_embeddings(), model.get_input_embeddings()
-        found.append(None if head.weight is words.weight else head)
-    frozen = [part for part in found if part is not None]
-    for part in frozen:
-        part.requires_grad_(False).eval()
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"freeze {parts!r}: nothing is left to train")
-    return frozen
-
-
-def resolve_targets(config: TrainConfig, n_layers: int) -> StageTargets:
+def resolve_targets(config: TrainConfig, n_layers: int) -> StageTargets | None:
     """The stages that `config.targets` names, for a model of `n_layers`.
 
     lab...                          curves of the lab's task-specific models (`lab.references.lab_targets`)
     janus-pro, emu3, authors-code   as printed, as released
     anything else                   a YAML file that `StageTargets.save` wrote
     with ":rescaled" at the end     fitted to the model's depth; else another depth is an error
+    none                            None; for runs without the AIA loss
     """
+    if config.targets == "none":
+        if any(config.weights()[task] for task in config.shares()):
+            raise ValueError("targets none: the AIA loss needs targets, unless aia_weight is 0")
+        return None
     name, _, suffix = config.targets.partition(":rescaled")
     if suffix:
         raise ValueError(f"targets {config.targets!r}: nothing may follow :rescaled")

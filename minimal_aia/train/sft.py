@@ -1,7 +1,7 @@
 """The training run: `minimal-aia train RECIPE`, or with several processes
 
-    torchrun --nproc_per_node 2 -m minimal_aia.train.sft RECIPE [--key value ...]
-    accelerate launch --config_file recipes/fsdp2.yaml -m minimal_aia.train.sft RECIPE [--key value ...]
+torchrun --nproc_per_node 2 -m minimal_aia.train.sft RECIPE [--key value ...]
+accelerate launch --config_file recipes/fsdp2.yaml -m minimal_aia.train.sft RECIPE [--key value ...]
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minimal_aia.train.config import TrainConfig
+from minimal_aia.train.recipe import check, to_yaml
 
 
 class LabBatches:
@@ -35,26 +37,33 @@ class LabBatches:
 
 
 def build(config: TrainConfig) -> Any:
-    """The trainer of a run: model, targets, data. Everything is checked before training starts."""
+    """The trainer of a run: data, model, targets. Everything is checked before training starts."""
     import torch
 
     from minimal_aia.models import load_adapter
+    from minimal_aia.train.arguments import training_arguments
     from minimal_aia.train.module import SFTModule, resolve_targets
     from minimal_aia.train.trainer import AIATrainer
 
+    check(config)
     check_processes(config)
+    arguments = training_arguments(config)  # joins the other processes; must come before the model is loaded
+    dataset = open_dataset(config)
     adapter = load_adapter(config.model, device="cpu", dtype=getattr(torch, config.dtype))
     adapter.ends_turns = True
+    if missing := [task for task in config.shares() if task not in adapter.tasks]:
+        raise ValueError(f"task_ratio {config.task_ratio}: {config.model} does not do {missing[0]}")
     targets = resolve_targets(config, len(adapter.layers()))
-    dataset = open_dataset(config, adapter)
-    return AIATrainer(SFTModule(adapter, config, targets), config, dataset)
+    return AIATrainer(SFTModule(adapter, config, targets), config, dataset, args=arguments)
 
 
-def open_dataset(config: TrainConfig, adapter: Any) -> Any:
-    """The run's micro-batches by number."""
+def open_dataset(config: TrainConfig) -> Any:
+    """The run's micro-batches by number: {task: Batch}."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if {getattr(config, f"{task}_data") for task in config.shares()} == {"lab"}:
-        return LabBatches(config, adapter.codebook, world)
+        from minimal_aia.models.lab import load_lab
+
+        return LabBatches(config, load_lab(config.model).codebook, world)
     from minimal_aia.train.data import open_data
 
     return open_data(config, world)
@@ -82,10 +91,65 @@ def run(config: TrainConfig) -> Any:
     from minimal_aia.train.saving import resume_point
 
     trainer = build(config)
-    trainer.train(resume_from_checkpoint=resume_point(trainer))
+    checkpoint = resume_point(trainer)
+    if trainer.args.should_save:
+        path = Path(config.output_dir) / "recipe.yaml"
+        path.write_text(to_yaml(config, everything=True), encoding="utf-8")
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.stop.exit_code:
-        trainer.save_model()
+        trainer.export(config.output_dir)
+        finish(trainer, config)
     return trainer
+
+
+def finish(trainer: Any, config: TrainConfig) -> None:
+    """Write the model card and say what came out."""
+    from minimal_aia.train.callbacks import read_curves
+    from minimal_aia.train.card import write_card
+
+    seen, curves = trainer.seen(), read_curves(config.output_dir)
+    if not trainer.args.should_save:
+        return
+    facts = {
+        "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
+        "seen": seen,
+        "skipped": getattr(trainer.train_dataset, "skipped", 0),
+        "curves": curves,
+    }
+    write_card(config.output_dir, config, facts)
+    for task in config.shares():
+        away = [entry["distance"] for entry in curves if entry["task"] == task and "distance" in entry]
+        if away:
+            print(f"{task}: mean |I − T| {away[0]:.3f} -> {away[-1]:.3f} on the run's first samples")
+    print(f"wrote {config.output_dir}")
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the recipe, the plan and the first batch, without weights in memory."""
+    from minimal_aia.train.module import resolve_targets
+    from minimal_aia.train.preview import preview
+
+    check(config)
+    print(to_yaml(config) or "(all defaults)\n")
+    adapter = without_weights(config)
+    targets = resolve_targets(config, len(adapter.layers()))
+    aim = f"targets {targets.name}" if targets else "no targets"
+    print(f"{config.model}: {adapter.family}, {len(adapter.layers())} layers; {aim}")
+    dataset = open_dataset(config)
+    print(f"\nfirst batch of {len(dataset)}:")
+    print(preview(adapter, dataset[0], config.spans))
+
+
+def without_weights(config: TrainConfig) -> Any:
+    """The run's adapter, made from the model's configuration and processor alone."""
+    if config.model.startswith("lab/"):
+        from minimal_aia.models.lab import load_lab
+
+        return load_lab(config.model)
+    from minimal_aia.train.data import data_adapter
+
+    return data_adapter(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ Changed: where batches come from, how a step's loss is averaged, what is logged,
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback
 
 from minimal_aia.models.base import Batch
+from minimal_aia.train.arguments import training_arguments
+from minimal_aia.train.callbacks import Curves, Progress
 from minimal_aia.train.config import TASKS, TrainConfig, micro_batch, weight_at
 from minimal_aia.train.module import SFTModule
 from minimal_aia.train.saving import SafeTrainer
 from minimal_aia.train.signals import stay_alive_in_worker
 
-CURVES = "curves.jsonl"  # in output_dir: one line a measurement and task
+SEEN = "seen"  # among a trainer's sums: samples and label tokens by task, never reset
 PROBE_SAMPLES, PROBE_BATCHES = 16, 16  # curves are means over at least so many samples a task and process
 
 
@@ -48,7 +49,8 @@ class AIATrainer(SafeTrainer):
         self._step_ids: list[str] = []
         self.latest: dict[str, dict[str, Tensor]] = {}  # of the last micro-batch, for the progress bar
         self._probe: list[dict[str, Batch]] = []
-        super().__init__(model=module, args=training_arguments(config), train_dataset=dataset, **options)
+        arguments = options.pop("args", None) or training_arguments(config)
+        super().__init__(model=module, args=arguments, train_dataset=dataset, **options)
         self.remove_callback(ProgressCallback)
         self.add_callback(Progress(self))
         if config.curve_steps:
@@ -85,6 +87,7 @@ class AIATrainer(SafeTrainer):
             for task, batch in micro.items():
                 own = self.module.counts(batch)
                 counts[TASKS.index(task)] += torch.tensor([own[key] for key in keys], dtype=torch.float64)
+        self._seen(counts)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
         totals = {
@@ -100,6 +103,19 @@ class AIATrainer(SafeTrainer):
     @property
     def module(self) -> SFTModule:
         return self.accelerator.unwrap_model(self.model)
+
+    def _seen(self, counts: Tensor) -> None:
+        """Count this process' samples and label tokens, among the sums, which checkpoints keep."""
+        before = self._sums.get(SEEN, torch.zeros(2 * len(TASKS), dtype=torch.float64))
+        self._sums[SEEN] = before.double().cpu() + counts[:, :2].flatten()
+
+    def seen(self) -> dict[str, dict[str, int]]:
+        """By task, the `samples` and label `tokens` of the run so far, over all processes."""
+        counts = self._sums.get(SEEN, torch.zeros(2 * len(TASKS))).float().to(self.args.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        rows = counts.view(-1, 2).tolist()
+        return {t: {"samples": int(n), "tokens": int(m)} for t, (n, m) in zip(TASKS, rows, strict=True) if n}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All: weight decay acts on every trained weight, as in the bare loop and in the paper's AdamW."""
@@ -120,9 +136,7 @@ class AIATrainer(SafeTrainer):
         if not math.isfinite(loss.item()):
             file = self._report_nonfinite({t: {k: v.tolist() for k, v in x.items()} for t, x in logs.items()})
             if self.config.on_nonfinite == "stop":
-                raise NonFiniteLoss(
-                    f"step {step}: the loss is {loss.item()}; its samples are in {file}"
-                )
+                raise NonFiniteLoss(f"step {step}: the loss is {loss.item()}; its samples are in {file}")
         loss = loss * self.accelerator.num_processes
         return (loss, logs) if return_outputs else loss
 
@@ -168,7 +182,7 @@ class AIATrainer(SafeTrainer):
                 sums = self.accelerator.reduce(sums, "sum")
             logs |= {k: total / n for k, (total, n) in zip(keys, sums.tolist(), strict=True) if n}
             logs["aia_weight"] = weight_at(self.config, max(0, self.state.global_step - 1))
-            self._sums = {}
+            self._sums = {SEEN: self._sums[SEEN]} if SEEN in self._sums else {}
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -181,24 +195,23 @@ class AIATrainer(SafeTrainer):
             world, rank = self.accelerator.num_processes, self.accelerator.process_index
             self._probe.append(self.train_dataset[len(self._probe) * world + rank])
         n_layers = len(self.module.layers or self.module.adapter.layers())
-        sums = torch.zeros(len(TASKS), n_layers + 2, device=self.args.device)  # [curve..., distance, samples]
+        sums = torch.zeros(len(TASKS), n_layers + 2, device=self.args.device)  # curve..., distance, samples
         for micro in self._probe:
             batches = self._prepare_inputs(micro)
-            _, found = self.model_wrapped(batches, None)
-            for task, values in found.items():
-                used = self.module.counts(batches[task])["used"]
-                if used:
-                    row = torch.cat(
-                        [values["curve"], values["distance"][None], torch.ones(1).to(values["curve"])]
-                    )
-                    sums[TASKS.index(task)] += used * row.float()
+            for task, values in self.model_wrapped(batches, None)[1].items():
+                if used := self.module.counts(batches[task])["used"]:
+                    away = values.get("distance", torch.zeros_like(values["curve"][0]))
+                    row = torch.cat([values["curve"], torch.stack([away, torch.ones_like(away)])])
+                    sums[TASKS.index(task)] += used * row
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        return {
-            task: {"curve": (row[:-2] / row[-1]).tolist(), "distance": float(row[-2] / row[-1])}
-            for task, row in zip(TASKS, sums, strict=True)
-            if row[-1]
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for task, (*curve, away, used) in zip(TASKS, sums.tolist(), strict=True):
+            if used:
+                found[task] = {"curve": [value / used for value in curve]}
+                if self.module.targets is not None and getattr(self.module.targets, task):
+                    found[task]["distance"] = away / used
+        return found
 
     def _probed(self) -> int:
         """Samples in the probe, of the task that has fewest."""
@@ -211,6 +224,14 @@ class AIATrainer(SafeTrainer):
         if self.args.should_save:
             self.module.save(output_dir or self.args.output_dir, state_dict)
 
+    def export(self, folder: str | Path) -> None:
+        """Write the trained model as one folder that `from_pretrained` reads, gathered if it is sharded."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        if self.args.should_save:
+            self.module.export(folder, state)
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -220,97 +241,3 @@ class AIATrainer(SafeTrainer):
 
 def _only(items: list) -> Any:
     return items[0]
-
-
-class Curves(TrainerCallback):
-    """Writes the layer curves of the first samples to `curves.jsonl` and to the loggers."""
-
-    def __init__(self, trainer: AIATrainer) -> None:
-        self.trainer = trainer
-        self.last: tuple[int, dict[str, dict[str, Any]]] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.measure(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.trainer.config.curve_steps == 0 or state.global_step == state.max_steps:
-            self.measure(state)
-
-    def measure(self, state: Any) -> None:
-        trainer = self.trainer
-        curves = trainer.measure_curves()
-        self.last = (state.global_step, curves)
-        if not state.is_world_process_zero:
-            return
-        with (Path(trainer.args.output_dir) / CURVES).open("a", encoding="utf-8") as file:
-            for task, found in curves.items():
-                file.write(json.dumps({"step": state.global_step, "task": task, **found}) + "\n")
-        layers = trainer.module.layers or range(10**6)
-        logs = {f"probe_distance/{task}": found["distance"] for task, found in curves.items()}
-        for task, found in curves.items():
-            logs |= {f"curve_{task}/layer_{n:02d}": v for n, v in zip(layers, found["curve"], strict=False)}
-        trainer.callback_handler.on_log(trainer.args, state, trainer.control, logs)
-
-
-class Progress(ProgressCallback):
-    """The usual bar, with both losses and mean |I − T| at its end."""
-
-    def __init__(self, trainer: AIATrainer) -> None:
-        super().__init__()
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            shown = {"ntp": "ntp", "distance": "|I−T|"}
-            self.training_bar.set_postfix(
-                {
-                    f"{shown[name]} {task[:3]}": f"{values[name]:.3f}"
-                    for name in shown
-                    for task, values in self.trainer.latest.items()
-                    if name in values
-                },
-                refresh=False,
-            )
-
-    def on_log(self, *_: Any, **__: Any) -> None:
-        """The inherited one prints every log entry above the bar."""
-
-
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The part of a run's configuration that `transformers.Trainer` reads."""
-    same = (
-        "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
-        "dataloader_num_workers", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
-        "max_grad_norm", "warmup_steps", "lr_scheduler_type", "bf16", "use_cpu", "full_determinism",
-        "save_total_limit", "logging_steps",
-    )  # fmt: skip
-    cpu = config.use_cpu or not torch.cuda.is_available()
-    arguments = TrainingArguments(
-        **{name: getattr(config, name) for name in same},
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        report_to=loggers(config.report_to),
-        optim="adamw_torch" if cpu else "adamw_torch_fused",
-        logging_nan_inf_filter=False,  # a nan is reported, not smoothed over
-        ddp_find_unused_parameters=False,  # SFTModule gives every trained weight a gradient
-        remove_unused_columns=False,
-        disable_tqdm=False,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: never torch's old DataParallel
-    return arguments
-
-
-def loggers(report_to: str) -> list[str]:
-    """`report_to` as the Trainer takes it. ImportError names what must be installed."""
-    if report_to == "none":
-        return []
-    if report_to == "auto":
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    names = [name.strip() for name in report_to.split(",")]
-    for name in names:
-        if name not in ("tensorboard", "wandb"):
-            raise ValueError(f"report_to {report_to!r}: choose auto, none, tensorboard or wandb")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"report_to {report_to}: {name} is not installed: pip install {name}")
-    return names
