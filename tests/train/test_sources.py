@@ -17,7 +17,7 @@ from minimal_aia.data import IMAGE, SampleError, read_samples
 from minimal_aia.pictures import PictureBytes, open_picture
 from minimal_aia.train import open_source as opening
 from minimal_aia.train.open_source import open_source
-from minimal_aia.train.sources import LineSource, StreamSource
+from minimal_aia.train.sources import LineSource, StreamSource, TableSource
 
 TASKS = ("generation", "understanding")
 
@@ -249,7 +249,7 @@ def test_a_stream_decodes_no_picture_and_reads_each_row_once(folder, monkeypatch
         ("no-train", "no split train, only test"),
         ("broken", "broken: not a complete folder of save_to_disk"),
         ("damaged.parquet", r"damaged.parquet: the data set could not be read"),
-        ("empty.parquet", "empty.parquet: the data set has no rows"),
+        ("empty.parquet", "empty.parquet: the data set could not be read"),
     ],
 )
 def test_what_cannot_be_opened_is_one_clear_error(folder, tmp_path, spec, error, monkeypatch):
@@ -267,6 +267,11 @@ def test_what_cannot_be_opened_is_one_clear_error(folder, tmp_path, spec, error,
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 no")
     with pytest.raises((ValueError, FileNotFoundError), match=error):
         open_source(spec, "generation")
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty: the data set has no rows"):
+        TableSource(datasets.Dataset.from_dict({"prompt": []}), "empty", "generation", tmp_path)
 
 
 def test_without_datasets_the_error_says_what_to_install(monkeypatch, folder):
