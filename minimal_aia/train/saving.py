@@ -6,6 +6,7 @@ when all have written. All processes must see the same `output_dir` (a shared fi
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -95,7 +96,7 @@ class SafeTrainer(Trainer):
             weights = list(self.model.parameters())
             needed = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in weights)
         if shutil.disk_usage(run).free < needed:
-            raise OSError(28, f"No space left for {needed / 1e9:.3g} GB")
+            raise OSError(errno.ENOSPC, f"it needs about {needed / 1e9:.3g} GB")
 
     # ---- what is logged in part ------------------------------------------------------------------------
 
@@ -194,6 +195,7 @@ def resume_from(config: TrainConfig, world_size: int, say: Callable[[str], None]
         if wrong := ck.problems(checkpoint):
             raise ValueError(f"resume {checkpoint}: {wrong[0]}")
     check_same_run(checkpoint, ck.read_manifest(checkpoint), config, world_size, say)
+    say(f"going on from {checkpoint}")
     return checkpoint
 
 
@@ -243,8 +245,6 @@ def _number(path: Path) -> int:
 def _disk_full(run: Path, step: int, error: BaseException) -> str:
     found = [path for path in ck.checkpoints(run) if not ck.problems(path, hashes=False)]
     kept = f"{found[-1].name} is whole: free some space, then --resume auto" if found else "there is none yet"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    free = shutil.disk_usage(run).free / 1e9
-    return (
-        f"disk full: {run} cannot hold the checkpoint of step {step} ({reason}; {free:.3g} GB free); {kept}"
-    )
+    text = (isinstance(error, OSError) and error.strerror) or str(error).strip() or type(error).__name__
+    why = f"{text.splitlines()[0]}; {shutil.disk_usage(run).free / 1e9:.3g} GB free"
+    return f"disk full: {run} cannot hold the checkpoint of step {step} ({why}); {kept}"
