@@ -40,6 +40,8 @@ def _sweep(args: argparse.Namespace) -> int:
     for name in ("metrics", "curves", "log"):
         args.out.mkdir(parents=True, exist_ok=True)
         table = sweep.table(sweeps, args.runs, name)
+        if name == "log":
+            table = table[table["step"] % 10 == 0]
         table.to_csv(args.out / f"{name}.csv", index=False, float_format="%.6g")
         if name == "metrics":
             sweep_report.write(sweeps, table, args.out / "report.md")
