@@ -77,6 +77,7 @@ class SafeTrainer(Trainer):
                 ck.seal(staged, config=asdict(self.config), **facts)
                 ck.publish(staged, final)
                 ck.retain(run, self.config.save_total_limit, sealed=final)
+                ck.clear_staging(run)
         except Exception as error:
             # No word to the other processes: they wait, and their launcher ends them when this one ends.
             if not ck.is_disk_full(error):

@@ -1,4 +1,4 @@
-"""Trains a lab model in forked children, and kills, stops and starves them: `kill_worker.py FOLDER`.
+"""Trains a lab model in forked children, kills, stops and starves them: `kill_worker.py FOLDER [RUN ...]`.
 
 One process imports everything (seconds) and forks every life of every run (milliseconds). It trains nothing
 itself: a process that has run a backward pass should not fork. Writes FOLDER/lives.json.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -25,7 +27,7 @@ from minimal_aia.train import checkpoints as ck
 from minimal_aia.train import sft
 from minimal_aia.train.config import TrainConfig
 
-STEPS, SAVE_STEPS, N_KILLS = 28, 2, 22
+STEPS, SHORT, SAVE_STEPS, N_KILLS = 24, 12, 2, 21
 SMALL: dict[str, Any] = {
     "model": "lab/unified",
     "per_device_train_batch_size": 4,
@@ -143,7 +145,7 @@ def kill_at_random(folder: Path, number: int, chance: random.Random) -> dict[str
     However late one was drawn, the run never gets further than its share of the kills.
     """
     saving = number % 2 == 1
-    moment = chance.uniform(0.0, 0.15 if saving else 1.5)
+    moment = chance.uniform(0.0, 0.15 if saving else 1.0)
     latest = 1 + number * (STEPS - 4) // N_KILLS
     born, child = time.time(), live(folder)
     process = psutil.Process(child)
@@ -169,17 +171,116 @@ def killed_run(folder: Path) -> dict[str, Any]:
     return {"lives": lives, "code": end(live(folder))}
 
 
-def main(root: Path) -> None:
+def whole_run(folder: Path, **options: Any) -> dict[str, Any]:
+    return {"code": end(live(folder, **options))}
+
+
+def state(folder: Path) -> dict[str, Any]:
+    said = (folder / "output.txt").read_text() if (folder / "output.txt").exists() else ""
+    staging = folder / "run" / ck.STAGING
+    left = sorted(path.name for path in staging.iterdir()) if staging.exists() else []
+    return {"saved": [ck.step_of(c) for c in ck.checkpoints(folder / "run")], "said": said, "left": left}
+
+
+def lives(folder: Path, *each: tuple[Callable[[Path], None] | None, dict[str, Any]]) -> dict[str, Any]:
+    """One life after the other, with something done to the run's folder before each, and what each left."""
+    results = []
+    for before, options in each:
+        (folder / "output.txt").unlink(missing_ok=True)
+        if before:
+            before(folder)
+        code = end(live(folder, **{"max_steps": SHORT, **options}))
+        results.append({"code": code, **state(folder)})
+    return {"lives": results, "code": results[-1]["code"]}
+
+
+def stopped_run(folder: Path) -> dict[str, Any]:
+    """Told to stop: twice at once; all processes of a run with loader processes; by Slurm; too late."""
+    me = os.getpid
+
+    def twice(trainer: Any) -> None:
+        os.kill(me(), signal.SIGTERM)
+        os.kill(me(), signal.SIGTERM)
+
+    return lives(
+        folder,
+        (None, {"at_step": {5: twice}}),
+        (None, {"at_step": {7: lambda t: os.killpg(me(), signal.SIGTERM)}, "dataloader_num_workers": 1}),
+        (None, {"at_step": {9: lambda t: os.kill(me(), signal.SIGUSR1)}}),
+        (None, {"at_step": {SHORT: lambda t: os.kill(me(), signal.SIGTERM)}}),
+    )
+
+
+def starved_run(folder: Path) -> dict[str, Any]:
+    """Writing fails in the middle of a checkpoint: no file may grow beyond 100 kB from step 5 on."""
+
+    def limit(trainer: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    return lives(folder, (None, {"at_step": {5: limit}}), (None, {}))
+
+
+def small_disk_run(folder: Path) -> dict[str, Any]:
+    """A real disk that holds one checkpoint and a half. Mounting it needs rights."""
+    (folder / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(folder / "run")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        return {"code": None}
+    try:
+        return lives(folder, (None, {}))
+    finally:
+        subprocess.run(["umount", str(folder / "run")], check=True)
+
+
+def poisoned_run(folder: Path) -> dict[str, Any]:
+    """A weight becomes nan after step 5; then the newest checkpoint loses a bit; then other settings."""
+
+    def poison(trainer: Any) -> None:
+        with torch.no_grad():
+            next(p for p in trainer.model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+
+    def flip(folder: Path) -> None:
+        path = folder / "run" / "checkpoint-4" / "optimizer.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    return lives(
+        folder,
+        (None, {"at_step": {5: poison}}),
+        (None, {"resume": "no"}),
+        (None, {"per_device_train_batch_size": 6}),
+        (flip, {}),
+    )
+
+
+RUNS = {
+    "whole": whole_run,
+    "killed": killed_run,
+    "short": lambda folder: whole_run(folder, max_steps=SHORT),
+    "stopped": stopped_run,
+    "starved": starved_run,
+    "small disk": small_disk_run,
+    "poisoned": poisoned_run,
+}
+
+
+def main(root: Path, names: list[str]) -> None:
+    first_time(root / "warm up")
     results: dict[str, Any] = {}
-    for name, run in {"whole": lambda f: {"code": end(live(f))}, "killed": killed_run}.items():
+    for name in names or RUNS:
         folder = root / name
         folder.mkdir()
         start = time.monotonic()
-        results[name] = run(folder) | {"notes": notes(folder)}
-        results[name]["seconds"] = time.monotonic() - start
+        results[name] = RUNS[name](folder) | {"notes": notes(folder), "seconds": time.monotonic() - start}
         (root / "lives.json").write_text(json.dumps(results))
+
+
+def first_time(folder: Path) -> None:
+    """Build a trainer here, unused: what transformers imports lazily is then there for every life."""
+    sft.build(TrainConfig(**{**SMALL, "output_dir": str(folder)}))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
