@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minimal_aia.evaluation.generation import add_generation
 from minimal_aia.profile_command import check_writable, positive
 
 LAB_HELP = """\
@@ -28,7 +29,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         description="Score models. `minimal-aia evaluate WHAT --help` says more about each.",
     )
     kinds = group.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=type(group))
-    adders: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (add_lab,)
+    adders: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (add_lab, add_generation)
     for add in adders:
         # SUPPRESS: a sub-parser's default would overwrite a --debug that was given before WHAT.
         add(kinds).add_argument(
