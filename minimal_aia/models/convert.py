@@ -114,8 +114,8 @@ def convert(
     side, codebook = dict(leftovers), found[keys.CODEBOOK]
     raw = _side_tensors(source / OTHER).get(keys.HF_CODEBOOK)
     if raw is not None and torch.equal(raw, codebook):  # the source came from Hugging Face's layout
-        notes += _codebook_note(codebook)
-    else:
+        notes += keys.codebook_note(codebook)
+    elif not keys.is_unit(codebook):
         tensors[keys.HF_CODEBOOK] = keys.unit(codebook)
         side[keys.CODEBOOK] = codebook
     notes += _set_dtype(settings, tensors)
@@ -174,10 +174,10 @@ def convert_back(
             "checkpoint"
         )
     untouched, codebook = kept.pop(keys.CODEBOOK, None), loaded[keys.HF_CODEBOOK]
-    if untouched is not None and torch.equal(keys.unit(untouched).to(codebook), codebook):
+    if untouched is not None and keys.alike(keys.unit(untouched), codebook):
         loaded[keys.HF_CODEBOOK] = untouched
     else:
-        notes += _codebook_note(codebook)
+        notes += keys.codebook_note(codebook)
 
     def tensor(name: str) -> Tensor:
         return kept[name] if name in kept else keys.merge(name, [loaded[n] for n in entries[name].names])
@@ -250,15 +250,6 @@ def _write_processor(given: list[Path], source: Path, out: Path, settings: Any) 
             write_generation_config(out, write_hf_processor(folder, out, settings))
             return True
     return False
-
-
-def _codebook_note(codebook: Tensor) -> list[str]:
-    if torch.allclose(keys.unit(codebook), codebook, rtol=0, atol=0.01):
-        return []
-    return [
-        "the codebook's rows have not length one: DeepSeek's code normalises them before it looks for the "
-        "nearest, transformers' encode does not, so image tokens of the two differ"
-    ]
 
 
 def _set_dtype(settings: Any, tensors: dict[str, Tensor]) -> list[str]:

@@ -136,6 +136,27 @@ def unit(codebook: Tensor) -> Tensor:
     return F.normalize(codebook, p=2, dim=-1)
 
 
+def is_unit(codebook: Tensor) -> bool:
+    """Whether all rows have length one, within what the precision can say. [codes, dim]"""
+    off = (codebook.float().norm(dim=-1) - 1).abs().max()
+    return bool(off <= max(1e-5, torch.finfo(codebook.dtype).eps))
+
+
+def alike(made: Tensor, found: Tensor) -> bool:
+    """The same numbers up to the last bits, in which two devices' divisions differ."""
+    return torch.allclose(made.float(), found.float(), rtol=4 * torch.finfo(found.dtype).eps, atol=1e-9)
+
+
+def codebook_note(codebook: Tensor) -> list[str]:
+    """A remark for the user if rows are not of length one."""
+    if is_unit(codebook):
+        return []
+    return [
+        "the codebook's rows have not length one: DeepSeek's code normalises them before it looks for the "
+        "nearest, transformers' encode does not, so image tokens of the two differ"
+    ]
+
+
 def require_fit(
     source: Any, where: Any, found: dict[str, Any], expected: dict[str, tuple[int, ...]], optional: set[str]
 ) -> None:

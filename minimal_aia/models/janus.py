@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from minimal_aia.models.base import AdapterError, Batch
 from minimal_aia.models.chat import ChatAdapter
+from minimal_aia.models.convert_keys import is_unit, unit
 from minimal_aia.models.draw import own_seed
 from minimal_aia.models.text import Spans, fill, token_mask
 from minimal_aia.pictures import PictureCodes, crop_to_fit
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
+    from minimal_aia.models.registry import Family
 
 
 class JanusAdapter(ChatAdapter):
@@ -31,6 +33,17 @@ class JanusAdapter(ChatAdapter):
     drops_prompts = True
     coded_tasks = ("generation",)  # understanding sees pixels
     image_fit = "pad"  # how a target picture becomes square: grey bars (the processor's way), or "crop"
+
+    @classmethod
+    def load(cls, name: str, family: Family, **options: Any) -> JanusAdapter:
+        adapter = super().load(name, family, **options)
+        codebook = adapter.model.model.vqmodel.quantize.embedding.weight
+        # DeepSeek's code gives the codebook's rows length one at each use; the library does so in `decode`
+        # only, and would name other codes for a picture than those that the model was trained to draw.
+        if codebook.device.type != "meta" and not is_unit(codebook.detach()):
+            with torch.no_grad():
+                codebook.copy_(unit(codebook))
+        return adapter  # type: ignore[return-value]
 
     def why_not(self, sample: Sample, task: str) -> str | None:
         reason = super().why_not(sample, task)

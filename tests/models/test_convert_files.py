@@ -370,3 +370,25 @@ def test_weights_are_never_held_in_memory(state, tmp_path, suffix):
         done.set()
         watcher.join()
     assert peak[0] - before < 32e6
+
+
+# --- folders that other converters made ---------------------------------------------------------------------
+
+
+def test_the_adapter_names_the_originals_codes_though_a_folder_has_the_untouched_codebook(
+    converted, state, tmp_path
+):
+    """transformers' own converter left the codebook as it was; its `encode` then finds other codes."""
+    plain = tmp_path / "plain"
+    shutil.copytree(converted, plain, ignore=lambda *_: {OTHER})
+    weights = load_tensors(converted)
+    save_file({**weights, keys.HF_CODEBOOK: state[keys.CODEBOOK]}, plain / "model.safetensors")
+    original = random_model(SIZES)
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = original.gen_vision_model.encode(pixels)
+        stock = JanusForConditionalGeneration.from_pretrained(plain).model.vqmodel.encode(pixels).image_tokens
+    assert (stock.view(4, -1) != expected).any()
+    adapter = load_adapter(plain, device="cpu")
+    assert torch.equal(adapter.image_codes(pixels), expected)
+    assert torch.equal(load_adapter(converted, device="cpu").image_codes(pixels), expected)
