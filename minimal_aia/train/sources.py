@@ -33,7 +33,8 @@ from minimal_aia.pictures import Check, PictureBytes
 
 IMAGES = ("image", "images", "jpg", "png", "webp")
 PROMPTS = ("prompt", "caption", "text", "txt")
-# A generation line, seen without parsing it. Where it errs, the sample turns out to be of the other task.
+# The markers of a line, seen without parsing it. Where this errs, a sample turns out to be of the other task.
+_IMAGE = re.compile(rb"(<|\\u003[cC])image(>|\\u003[eE])")
 _GENERATION = re.compile(rb'"value"\s*:\s*"(\\[nrt]|\s)*(<|\\u003[cC])image(>|\\u003[eE])(\\[nrt]|\s)*"')
 
 
@@ -127,7 +128,9 @@ class ListSource(Source):
 
 
 def _is_for(task: str, line: bytes) -> bool:
-    return (_GENERATION.search(line) is not None) == (task == "generation")
+    """A line without any marker is for both: it is bad, and must be found to be so."""
+    generation = _GENERATION.search(line) is not None
+    return generation or not _IMAGE.search(line) if task == "generation" else not generation
 
 
 def _check_not_empty(path: Path, task: str, n: int) -> None:
