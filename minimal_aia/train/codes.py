@@ -32,6 +32,8 @@ from minimal_aia.train.sources import Source
 
 INDEX = "index.json"
 FORMAT = 1
+# What a configuration says besides the tokenizer's shape.
+NOT_VQ = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class CodeStore:
@@ -149,9 +151,7 @@ def damage(path: Path, sha256: str) -> str:
 def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
-        raise ValueError(
-            f"{folder}: no finished folder of image codes ({INDEX} is missing); run `minimal-aia prepare`"
-        )
+        raise ValueError(f"{folder}: no finished image codes ({INDEX} is missing); run `minimal-aia prepare`")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
@@ -165,10 +165,11 @@ def facts(adapter: Adapter) -> dict[str, Any]:
     """What decides codes besides data and weights: how pictures are brought to size, and the precision."""
     images: Any = getattr(adapter, "processor", None)
     settings = json.loads(images.image_processor.to_json_string()) if images is not None else {}
+    vq = json.loads(adapter.model.config.vq_config.to_json_string(use_diff=False))
     return {
         "picture processing": {**settings, "fit": getattr(adapter, "image_fit", None)},
         "dtype": str(adapter.dtype).removeprefix("torch."),
-        "VQ configuration": adapter.model.config.vq_config.to_dict(),
+        "VQ configuration": {key: value for key, value in vq.items() if key not in NOT_VQ},
     }
 
 

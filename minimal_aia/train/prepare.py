@@ -104,7 +104,7 @@ def _done(
     plain = {t: {k: v for k, v in task.items() if k != "shards"} for t, task in index["tasks"].items()}
     if {**index, "tasks": plain} != made:
         raise ValueError(
-            f"{out}: holds codes of other data, another model or another shard size; choose a new folder"
+            f"{out}: holds codes of other data, another model or shards of another size; choose a new folder"
         )
     finished = {n: index["tasks"][task]["shards"][k] for n, (task, k) in enumerate(shards)}
     return finished | {n: _entry(record) for n, record in parts.read(key).items()}

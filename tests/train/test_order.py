@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -98,7 +99,7 @@ def test_a_window_sorts_by_length_and_shuffles_its_steps():
     firsts = [row[0] for row in lengths]
     assert firsts != sorted(firsts)
     bounds = sorted((row[0], row[-1]) for row in lengths)
-    assert all(high <= low for (_, high), (low, _) in zip(bounds, bounds[1:]))  # steps do not overlap
+    assert all(high <= low for (_, high), (low, _) in pairwise(bounds))  # steps do not overlap
 
 
 @settings(deadline=None)
