@@ -189,9 +189,15 @@ class Adapter:
             return shift_left(batch.query_mask), batch.key_mask
         raise AdapterError(f"{self.name}: no spans {definition!r}; choose paper or predicting")
 
-    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a folder that `load_adapter` reads: weights (safetensors), configuration, processor."""
-        self.model.save_pretrained(folder, state_dict=state_dict)
+    def save(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, hub_names: bool = True
+    ) -> None:
+        """Write a folder that `load_adapter` reads: weights (safetensors), configuration, processor.
+
+        hub_names: weights under the names that files on the hub have, where the library's class has others
+        (Emu3); with False as in the model's own state dictionary. `from_pretrained` reads both.
+        """
+        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=hub_names)
 
     def capture(self, batch: Batch) -> AbstractContextManager[Any]:
         """`with adapter.capture(batch) as record: adapter.forward(batch)`; `record.per_head` is [L, B, H].

@@ -175,8 +175,10 @@ class ChatAdapter(Adapter):
         wanted = self.label_mask(batch)[:, 1:]
         return hidden[:, :-1][wanted], self.model.lm_head, batch.inputs["input_ids"][:, 1:][wanted]
 
-    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        super().save(folder, state_dict)
+    def save(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, hub_names: bool = True
+    ) -> None:
+        super().save(folder, state_dict, hub_names)
         self.processor.save_pretrained(folder)
 
     def layers(self) -> list[nn.Module]:

@@ -85,12 +85,14 @@ class LabAdapter(Adapter):
 
         return spans(_sequences(batch), batch.task, definition)
 
-    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, hub_names: bool = True
+    ) -> None:
         from safetensors.numpy import save_file
 
         from minimal_aia.lab import models
 
-        super().save(folder, state_dict)
+        super().save(folder, state_dict, hub_names)
         models.tokenizer(with_codes=not models.is_janus(self.model)).save_pretrained(folder)
         save_file({"codebook": self.codebook}, Path(folder) / "codebook.safetensors")
 

@@ -88,6 +88,7 @@ class TrainConfig:
     lora_target_modules: str = option(
         "all-linear", "all-linear (of the language model), or names: q_proj,v_proj"
     )
+    attention_dropout: float | None = option(None, "while training; none: the model's own (Emu3: 0.1)")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights in memory; LoRA's are float32")
     bf16: bool = option(False, "compute in bfloat16 (autocast), weights as `dtype` says")
     gradient_checkpointing: bool = option(

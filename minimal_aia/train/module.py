@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minimal_aia.capture import capture
@@ -47,6 +48,8 @@ class SFTModule(nn.Module):
         self.config = deepcopy(self.model.config)  # Trainer and DeepSpeed read it, and write to it
         self.layers = layer_subset(config.aia_layers, len(adapter.layers()))
         self._frozen = freeze(self.model, config.freeze, config.shares())
+        if config.attention_dropout is not None:
+            set_dropout(adapter.layers(), config.attention_dropout)
         if config.lora_rank:
             add_lora(self.model, adapter.layers(), config)
         if config.gradient_checkpointing:
@@ -134,7 +137,12 @@ class SFTModule(nn.Module):
         return (target, delta) if self.layers is None else (target[self.layers], delta[self.layers])
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """What a batch adds to the three denominators: samples, label tokens, samples in the AIA loss."""
+        """What a batch adds to the three denominators: samples, label tokens, samples in the AIA loss.
+
+        Nothing, if it is a stand-in (without ids) for a task that this process lacks.
+        """
+        if not batch.ids:
+            return {"samples": 0, "tokens": 0, "used": 0}
         used = batch.query_mask.any(-1) & batch.key_mask.any(-1)
         if self.recipe.aia_reduction == "authors-code":  # divides by the whole batch
             used = torch.ones_like(used)
@@ -146,36 +154,38 @@ class SFTModule(nn.Module):
 
         state_dict: this module's, gathered, if it is sharded; an empty one: everything but the weights.
         """
+        state = self.state_dict() if state_dict is None else state_dict
         if not self.recipe.lora_rank:
-            self.export(folder, state_dict)
+            self.adapter.save(folder, _without_prefix(state), hub_names=False)
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        state = self.state_dict() if state_dict is None else state_dict
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         save_file({n: t.contiguous() for n, t in state.items() if n in trained}, Path(folder) / TRAINED)
 
+    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         """Take back the weights that `save` wrote. ValueError if they are another model's."""
-        files = [Path(folder) / TRAINED]
-        if not self.recipe.lora_rank:
-            files = sorted(Path(folder).glob("model*.safetensors"))
-        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        target: nn.Module = self if self.recipe.lora_rank else self.model
-        wanted = {
-            name for name, p in target.named_parameters() if p.requires_grad or not self.recipe.lora_rank
-        }
-        result = target.load_state_dict(state, strict=False)
-        if wrong := sorted({*result.unexpected_keys, *(wanted & {*result.missing_keys})}):
-            raise ValueError(f"{folder}: another model's checkpoint: {len(wrong)} weights, first {wrong[0]}")
+        lora = bool(self.recipe.lora_rank)
+        target: nn.Module = self if lora else self.model
+        mine = target.state_dict()
+        wanted = {name for name, p in target.named_parameters() if p.requires_grad or not lora}
+        files = [
+            safe_open(file, "pt") for file in Path(folder).glob(TRAINED if lora else "model*.safetensors")
+        ]
+        found = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+        wrong = {n for n in found if n not in mine or [*mine[n].shape] != found[n].get_slice(n).get_shape()}
+        if wrong := wrong | (wanted - found.keys()):
+            raise ValueError(
+                f"{folder}: another model's checkpoint: {len(wrong)} weights, first {min(wrong)}"
+            )
+        for name, file in found.items():
+            mine[name].copy_(file.get_tensor(name))  # one by one: a second copy of the model need not fit
 
     def export(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder that `load_adapter` and `from_pretrained` read, LoRA merged into the weights."""
-        state = None
-        if state_dict is not None or self.recipe.lora_rank:
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-            if self.recipe.lora_rank:
-                state = merged(state, self.recipe.lora_alpha / self.recipe.lora_rank)
+        state = _without_prefix(self.state_dict() if state_dict is None else state_dict)
+        if self.recipe.lora_rank:
+            state = merged(state, self.recipe.lora_alpha / self.recipe.lora_rank)
         self.adapter.save(folder, state)
 
     def _touch_the_rest(self, loss: Tensor, batches: Mapping[str, Batch]) -> Tensor:
@@ -190,6 +200,20 @@ class SFTModule(nn.Module):
         in_layers = {id(p) for layer in self.adapter.layers() for p in layer.parameters()}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_layers]
         return loss + sum((0.0 * p.sum() for p in rest), torch.zeros_like(loss))
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def set_dropout(layers: list[nn.Module], p: float) -> None:
+    """Give the attention of decoder layers another dropout; in Emu3's the same setting acts elsewhere too."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            elif hasattr(module, "attention_dropout"):
+                setattr(module, "attention_dropout", p)  # noqa: B010 - a Module to mypy
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -31,7 +31,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys("save_steps curve_steps lora_rank aia_weight aia_weight_generation".split(), (0, None)),
     **dict.fromkeys("aia_weight_understanding learning_rate weight_decay max_grad_norm".split(), (0, None)),
     **dict.fromkeys("adam_epsilon lora_alpha".split(), (0, None)),
-    **dict.fromkeys("prompt_dropout lora_dropout adam_beta1 adam_beta2".split(), (0, 1)),
+    **dict.fromkeys("prompt_dropout lora_dropout attention_dropout adam_beta1 adam_beta2".split(), (0, 1)),
 }
 
 
