@@ -79,13 +79,14 @@ def lab_targets(spec: str = "lab", definition: str = "paper") -> StageTargets:
     lab-N          the same, N stages
     lab-wrong      the curves of the two tasks exchanged
     lab-janus      the curves of the encoder-decoupled lab model
+    lab-mot        the curves of the mixture of transformers
     lab-single     task-specific, but measured with one question a picture (training packs four)
     lab-constant   one value a task: the mean of its curve
     """
     if not spec.startswith("lab"):
         raise ValueError(f"unknown lab targets {spec!r}: lab, lab-raw, lab-wrong, lab-janus, lab-2, ...")
     kind = spec.removeprefix("lab").removeprefix("-")
-    model = "janus" if kind == "janus" else None
+    model = kind if kind in ("janus", "mot") else None
     turns = 1 if kind == "single" else QUESTIONS_PER_PICTURE
     curve: dict[str, Any] = {task: reference_curve(task, model, definition, turns) for task in TASKS}
     if kind == "wrong":
@@ -98,7 +99,7 @@ def lab_targets(spec: str = "lab", definition: str = "paper") -> StageTargets:
         n_stages = None
     elif kind.isdigit():
         n_stages = int(kind)
-    elif kind not in ("", "wrong", "janus", "single"):
+    elif kind not in ("", "wrong", "janus", "mot", "single"):
         raise ValueError(f"unknown lab targets {spec!r}: see lab_targets")
     return StageTargets.from_curve(**curve, n_stages=n_stages, delta=DELTA, name=spec)
 
@@ -108,14 +109,19 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m minimal_aia.lab.references", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="folder of MODEL-seedN runs")
+    parser.add_argument("--again", action="store_true", help="measure runs anew that the table already has")
     args = parser.parse_args(argv)
     folders = sorted(f.parent for f in args.runs.glob("*-seed*/training.json"))
     if not folders:
         parser.error(f"no finished run in {args.runs}: train with `python -m minimal_aia.lab.train` first")
-    frames = []
+    known = pd.DataFrame() if args.again or not FILE.is_file() else pd.read_csv(FILE)
+    done = set(zip(known["model"], known["seed"], strict=True)) if len(known) else set()
+    frames = [known]
     for folder in tqdm(folders, desc="measure"):
-        model, codebook = models.load(folder)
         name, seed = folder.name.rsplit("-seed", 1)
+        if (name, int(seed)) in done:
+            continue
+        model, codebook = models.load(folder)
         for task in models.TASKS[name]:
             for definition in DEFINITIONS:
                 for turns in (QUESTIONS_PER_PICTURE, 1):
@@ -123,8 +129,9 @@ def main(argv: list[str] | None = None) -> None:
                     head = {"model": name, "seed": int(seed), "task": task,
                             "definition": definition, "turns": turns}  # fmt: skip
                     frames.append(pd.concat([pd.DataFrame(head, index=curve.index), curve], axis=1))
-    pd.concat(frames, ignore_index=True).to_csv(FILE, index=False, float_format="%.5f")
-    print(f"{FILE.name}: {len(frames)} curves")
+    table = pd.concat(frames, ignore_index=True).sort_values(["model", "seed"], kind="stable")
+    table.to_csv(FILE, index=False, float_format="%.5f")
+    print(f"{FILE.name}: {len(frames) - 1} new curves")
 
 
 if __name__ == "__main__":

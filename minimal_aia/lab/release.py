@@ -115,10 +115,16 @@ def figure(curves: pd.DataFrame) -> Figure:
 
     kind = {"generation": "task-specific", "understanding": "task-specific"}
     panels = curves.assign(panel=[kind.get(name, name) for name in curves.model])
-    names = [n for n in ("unified", "janus", "task-specific") if n in set(panels.panel)]
+    titles = {
+        "unified": "purely unified",
+        "janus": "encoder-decoupled",
+        "mot": "mixture of transformers",
+        "task-specific": "task-specific",
+    }
+    names = [n for n in titles if n in set(panels.panel)]
     with plots.style():
         fig, axes = plt.subplots(
-            1, len(names), figsize=(3.7 * len(names), 3.2), sharey=True, squeeze=False, layout="constrained"
+            1, len(names), figsize=(3.3 * len(names), 3.2), sharey=True, squeeze=False, layout="constrained"
         )
     for ax, name in zip(axes[0], names, strict=True):
         for task in plots.TASKS:
@@ -131,7 +137,7 @@ def figure(curves: pd.DataFrame) -> Figure:
                 mean.index + 1, mean["mean"], lw=2.2, marker=plots.MARKERS[task], ms=4, label=task, **look
             )
             ax.plot(mean.index + 1, mean.uniform, lw=1, color=plots.COLOURS[task], linestyle=":")
-        plots.finish(ax, "layer", {"unified": "purely unified", "janus": "encoder-decoupled"}.get(name, name))
+        plots.finish(ax, "layer", titles[name])
         ax.set_ylabel("intensity $I_l$" if ax is axes[0][0] else "")
     axes[0][0].legend(loc="best")
     return fig
