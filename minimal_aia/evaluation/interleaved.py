@@ -1,0 +1,93 @@
+"""The model draws, then answers questions about its own drawing: why one would not take a model apart.
+
+A prompt names every thing and its place, the model draws it, the detector says what the drawing shows, and the
+same questions are answered in three ways:
+
+own drawing     <bos> <boi> codes <eoi> question …          the format of answering; the codes are its own
+one sequence    <bos> prompt <boi> codes <eoi> question …    as it would go on after drawing
+clean picture   as the first, but what the drawing shows is rendered anew: can it answer at all?
+
+No lab model was trained on the second format. Its drawing is followed by nothing there, and no question ever
+comes after a prompt: what it scores is what the two tasks share without being told to. A Janus-like model reads
+pictures with its vision encoder: its own drawing is decoded to pixels and read again, except in one sequence,
+where the drawing is still there as the codes that it drew.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from minimal_aia.evaluation.answers import answer_to, blind, unbound
+from minimal_aia.evaluation.lab_benchmark import Row, frame, pictures_of
+from minimal_aia.evaluation.subjects import Subject
+from minimal_aia.lab import images, metrics, scenes
+from minimal_aia.lab.scenes import Question
+
+FORMATS = ("own drawing", "one sequence", "clean picture")
+
+
+def interleaved(subject: Subject, items: int = 200, seed: int = 0, questions: int = 4) -> pd.DataFrame:
+    """Items of task "interleaved", columns `scores.ITEM_COLUMNS`; an item is a prompt with its questions.
+
+    The questions come from the prompt's scene, so that every model is asked the same. Metrics, by format:
+    consistent           the answer is true of the drawing (over questions that the drawing answers);
+                         also for both guessers of `evaluation.answers`
+    as_prompted          the answer is true of what was asked for
+    sides_with_drawing,  the same two where drawing and prompt disagree: does it look, or repeat?
+    sides_with_prompt
+    drawn_right          the drawing shows what was asked for
+    """
+    rng = np.random.default_rng((metrics.EVALUATION_SEED + seed, 400))
+    wanted = scenes.draw_scenes(rng, items, held_out=True)
+    asked = [scenes.draw_questions(scene, questions, rng) for scene in wanted]
+    prompts = [scenes.describe(scene) for scene in wanted]
+    pictures = subject.draw(prompts, metrics.EVALUATION_SEED + seed + 40)
+    shown = [images.detect(picture) for picture in pictures]
+
+    which = np.repeat(np.arange(items), questions)
+    texts = [q.text for some in asked for q in some]
+    said = {
+        "own drawing": subject.answer(pictures[which], texts),
+        "one sequence": subject.answer(pictures[which], texts, [prompts[i] for i in which]),
+        "clean picture": subject.answer(pictures_of(shown)[which], texts),
+    }
+    rows: list[Row] = []
+    for i, (scene, drawn) in enumerate(zip(wanted, shown, strict=True)):
+        right = float(images.same_content(scene, drawn))
+        text = prompts[i]
+        rows.append(("interleaved", "drawn_right", "all", i, right, 1, text, text, scenes.describe(drawn)))
+        for j, question in enumerate(asked[i]):
+            answers = {name: words[i * questions + j] for name, words in said.items()}
+            rows += _rows(i, text, question, answer_to(drawn, question.text), answers)
+            rows += _guesses(i, text, question, drawn)
+    return frame(rows, subject.name, subject.seed)
+
+
+def _rows(item: int, prompt: str, question: Question, seen: str | None, answers: dict[str, str]) -> list[Row]:
+    """One question in all formats. seen: the answer that is true of the drawing, None if there is none."""
+    text = f"{prompt}: {question.text}"
+    conflict = seen is not None and seen != question.answer
+    rows: list[Row] = []
+    for name, words in answers.items():
+        looks, repeats = float(words == seen), float(words == question.answer)
+        for metric, hit, counts, truth in (
+            ("consistent", looks, seen is not None, seen or ""),
+            ("as_prompted", repeats, True, question.answer),
+            ("sides_with_drawing", looks, conflict, seen or ""),
+            ("sides_with_prompt", repeats, conflict, question.answer),
+        ):
+            of = float(counts)
+            rows.append(("interleaved", metric, name, item, hit * of, of, text, truth, words))
+    return rows
+
+
+def _guesses(item: int, prompt: str, question: Question, drawn: scenes.Scene) -> list[Row]:
+    seen = answer_to(drawn, question.text)
+    rows: list[Row] = []
+    for name, chance in (("guesser: blind", blind), ("guesser: unbound", unbound)):
+        of = float(seen is not None)
+        hit = chance(drawn, Question(question.text, seen, question.kind)) if seen is not None else 0.0
+        text = f"{prompt}: {question.text}"
+        rows.append(("interleaved", "consistent", name, item, hit, of, text, seen or "", ""))
+    return rows
