@@ -7,6 +7,7 @@ on a GPU with fewer round trips.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import cache
 from typing import Any
@@ -51,6 +52,5 @@ def liger() -> Any:
     if importlib.util.find_spec("liger_kernel") is None:
         print("use_liger: liger-kernel is not installed; using PyTorch's cross-entropy in pieces", flush=True)
         return None
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy
+    functional = importlib.import_module("liger_kernel.transformers.functional")  # needs Triton: no extra
+    return functional.liger_fused_linear_cross_entropy
