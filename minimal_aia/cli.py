@@ -17,6 +17,8 @@ from minimal_aia.evaluation.imported import add_import_scores
 from minimal_aia.lab.sweep_command import add_sweep
 from minimal_aia.profile_command import add_profile
 from minimal_aia.train.command import add_train
+from minimal_aia.train.data_commands import add_check_data, add_prepare
+from minimal_aia.train.export_command import add_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minimal-aia", description="Measure and align cross-modal attention (AIA).")
     parser.add_argument("--version", action="version", version=f"minimal-aia {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_doctor, add_profile, add_train, add_convert, add_sweep, add_evaluate, add_import_scores):
+    for add in (
+        _add_doctor,
+        add_profile,
+        add_train,
+        add_convert,
+        add_export,
+        add_sweep,
+        add_evaluate,
+        add_import_scores,
+        add_check_data,
+        add_prepare,
+    ):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

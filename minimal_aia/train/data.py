@@ -62,7 +62,7 @@ class MixedBatches(Dataset):
                 f"prompt_dropout {config.prompt_dropout}: the {adapter.family} family drops no prompts; set 0"
             )
         for task, source in self.sources.items():
-            if codes is not None and task in adapter.coded_tasks:
+            if codes is not None and self._coded(task):
                 codes.check_source(task, source)
                 source.check = "none"
             window = len(self.order.window_places(task, 0))
@@ -114,19 +114,24 @@ class MixedBatches(Dataset):
     def _window(self, task: str, window: int) -> list[int]:
         """A window's places, sorted once, not for every micro-batch."""
         if self._arranged.get(task, (None,))[0] != window:
-            self._arranged[task] = window, self.order.arrange(task, window, partial(self._length, task))
+            self._arranged[task] = (
+                window,
+                self.order.arrange(
+                    task, window, lambda place: self.rough_length(task, self._index(task, place))
+                ),
+            )
         return self._arranged[task][1]
 
     def _index(self, task: str, place: int) -> int:
         source = self.sources[task]
         return self.order.index(task, place, source.block, source.endless)
 
-    def _length(self, task: str, place: int) -> int:
+    def rough_length(self, task: str, index: int) -> int:
         """About how many tokens a sample has: four bytes of text each, and pictures where they differ."""
-        source, index = self.sources[task], self._index(task, place)
+        source = self.sources[task]
         text = source.text_bytes(index) // 4
-        if self.codes is not None and task in self.adapter.coded_tasks:
-            return text + self.codes.length(task, index)
+        if self._coded(task):
+            return text + self.codes.length(task, index)  # type: ignore[union-attr]
         if type(self.adapter).picture_length is Adapter.picture_length:
             return text
         try:
@@ -134,26 +139,31 @@ class MixedBatches(Dataset):
         except ValueError:  # a bad sample, which is dealt with when its turn comes
             return text
 
+    def sample(self, task: str, index: int) -> Sample:
+        """A sample of a source, with its codes if there are any. SampleError if the model cannot use it."""
+        sample = self.sources[task][index]
+        if self._coded(task):
+            sample = replace(sample, images=self.codes.pictures(task, index))  # type: ignore[union-attr]
+        if (why := self.adapter.why_not(sample, task)) is not None:
+            raise SampleError(f"{sample.id}: {why}", (f"{sample.id}: {why}",))
+        return sample
+
+    def _coded(self, task: str) -> bool:
+        return self.codes is not None and task in self.adapter.coded_tasks
+
     def _sample(self, task: str, place: int, tries: int = 0) -> tuple[Sample, int]:
         """The sample at a place, or the next good one but `tries`; and how many were passed over."""
         source, index = self.sources[task], self._index(task, place)
-        first = index - index % source.block
-        reason = ""
+        first, reason = index - index % source.block, ""
         for n in range(tries, min(TRIES, source.block)):
-            candidate = first + (index - first + n) % source.block
             try:
-                sample = source[candidate]
+                sample = self.sample(task, first + (index - first + n) % source.block)
             except SampleError as error:
                 reason = str(error)
+                self._bad(reason)
             else:
-                if self.codes is not None and task in self.adapter.coded_tasks:
-                    sample = replace(sample, images=self.codes.pictures(task, candidate))
-                if task == "generation" and self.order.drops(place, self.config.prompt_dropout):
-                    sample = replace(sample, dropped=True)
-                if (why := self.adapter.why_not(sample, task)) is None:
-                    return sample, n
-                reason = f"{sample.id}: {why}"
-            self._bad(reason)
+                drop = task == "generation" and self.order.drops(place, self.config.prompt_dropout)
+                return replace(sample, dropped=drop), n
         raise SampleError(f"{source.name}: too many bad samples in a row; the last: {reason}")
 
     # ---- batches ---------------------------------------------------------------------------------------

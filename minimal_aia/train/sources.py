@@ -66,6 +66,10 @@ class Source:
     def __len__(self) -> int:
         return self.block
 
+    def count(self) -> int:
+        """How many samples there are; a stream must be read for it."""
+        return self.block
+
     def __getitem__(self, i: int) -> Sample:
         entry, where = self.entry(i)
         sample = parse_sample(entry, where, self.folder, self.check)
@@ -188,6 +192,10 @@ class StreamSource(Source):
     def text_bytes(self, i: int) -> int:
         return len(str({k: v for k, v in self._row(i).items() if k not in IMAGES}).encode())
 
+    def count(self) -> int:
+        self._length = self._length or sum(1 for _ in self.stream)
+        return self._length
+
     def _row(self, i: int) -> Mapping[str, Any]:
         number, place = divmod(int(i), self.block)
         if number not in self._blocks:
@@ -203,7 +211,7 @@ class StreamSource(Source):
         self._rows, self._next = iter(self.stream.skip(place)), position
         first = next(self._rows, None)
         if first is None:  # beyond the end, which only reading finds
-            self._length = sum(1 for _ in self.stream)
+            self.count()
             self._go_to(position)
         else:
             self._rows = chain([first], self._rows)
