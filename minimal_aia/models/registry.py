@@ -243,8 +243,8 @@ def load_adapter(
 ) -> Adapter:
     """Load a model and return its adapter.
 
-    name_or_path: "lab/unified", "lab/janus", "lab/generation", "lab/understanding"; else a folder in Hugging
-        Face layout or a hub id.
+    name_or_path: "lab/unified", "lab/janus", "lab/mot", "lab/generation", "lab/understanding"; else a folder
+        in Hugging Face layout or a hub id.
     family: a name from `FAMILIES`; by default read from the folder's config. "decoder" takes any decoder-only
         vision-language model of transformers, given `image_token_id=`.
     device, dtype: where and in what precision (default: the GPU if there is one; the checkpoint's own dtype).
