@@ -1,0 +1,168 @@
+"""Greedy answers to questions about pictures, many at a time: what an understanding harness asks of a model.
+
+Prompts of a batch are padded on the left, so that all answers begin at the same place; the library's
+`generate` decodes with its key-value cache and gives every row its own positions. An answer does not depend
+on its batch (in half precision on a GPU, up to the last digits of its logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from minimal_aia.models.base import Adapter, AdapterError, Batch, pad_rows
+
+# A list of {"role": "user", "content": [part, ...]}. A part is {"type": "text", "text": str} or
+# {"type": "image", "image": PIL.Image}, in the order in which the model is to read them.
+Conversation = Sequence[dict[str, Any]]
+
+
+def respond(adapter: Adapter, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+    """One greedy answer, stripped, for each conversation.
+
+    Raises AdapterError if the family cannot answer here, or a lab model is asked about something outside its
+    world; MemoryError if the batch does not fit.
+    """
+    from minimal_aia.models.chat import ChatAdapter
+    from minimal_aia.models.lab import LabAdapter
+
+    if "understanding" not in adapter.tasks or not isinstance(adapter, ChatAdapter | LabAdapter):
+        raise AdapterError(
+            f"{adapter.name}: a {adapter.family} model with the tasks {' and '.join(adapter.tasks)} cannot "
+            "answer questions here"
+        )
+    answer = _lab if isinstance(adapter, LabAdapter) else _chat
+    answers = [""] * len(conversations)
+    # Processors take pictures for all of a batch or for none of it.
+    for seen in (True, False):
+        rows = [i for i, c in enumerate(conversations) if bool(pictures_of(c)) == seen]
+        if not rows:
+            continue
+        try:
+            with torch.inference_mode():
+                found = answer(adapter, [conversations[i] for i in rows], max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"out of memory answering {len(rows)} at a time; use a smaller batch"
+            ) from error
+        for i, text in zip(rows, found, strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+def pictures_of(conversation: Conversation) -> list[Image.Image]:
+    """Its pictures, in order."""
+    parts = [part for message in conversation for part in message["content"]]
+    return [part["image"].convert("RGB") for part in parts if part["type"] == "image"]
+
+
+def _chat(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+    def part(p: dict[str, Any]) -> dict[str, Any]:
+        if p["type"] == "image":
+            return {"type": "image"}
+        # Spelled out in a question, the placeholder would be taken for a picture that is not there.
+        return {"type": "text", "text": p["text"].replace(adapter.image_token, "")}
+
+    if not getattr(adapter.processor, "chat_template", None):
+        raise AdapterError(f"{adapter.name}: its processor has no chat template (chat_template.jinja)")
+    texts = [
+        adapter.processor.apply_chat_template(
+            [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in conversation],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for conversation in conversations
+    ]
+    images = [pictures_of(c) for c in conversations]
+    made = adapter.processor(
+        text=texts,
+        images=images if images[0] else None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    known = adapter.accepted_inputs()
+    mask = made["attention_mask"]
+    batch = Batch(
+        {k: v for k, v in made.items() if k in known}, mask, mask, mask, [], task="understanding"
+    ).to(adapter.device, adapter.dtype)
+    inputs = batch.inputs
+    if adapter.family == "emu3" and "pixel_values" in inputs:
+        # The library encodes a padded batch of pictures, and padding changes their codes: one by one here.
+        inputs = {"input_ids": adapter.token_ids(batch), "attention_mask": inputs["attention_mask"]}
+    eos = adapter.model.generation_config.eos_token_id
+    eos = adapter.tokenizer.eos_token_id if eos is None else eos
+    new = _greedy(adapter.model, inputs, max_new_tokens, eos, adapter.tokenizer.pad_token_id)
+    return adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def _lab(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+    """One 24x24 picture and one question of known words a conversation, in the format of training."""
+    from minimal_aia.lab import images, models, scenes
+    from minimal_aia.lab.sequences import (
+        BOI,
+        BOS,
+        EOI,
+        EOS,
+        FIRST_CODE,
+        IMAGE,
+        PAD,
+        WORDS,
+        unknown_words,
+        word_ids,
+    )
+
+    questions, pictures = [], []
+    for conversation in conversations:
+        text = " ".join(p["text"] for m in conversation for p in m["content"] if p["type"] == "text").strip()
+        if unknown := unknown_words(text):
+            raise AdapterError(
+                f"{adapter.name}: a lab model does not know the word {unknown[0]!r} of {text!r}"
+            )
+        seen = pictures_of(conversation)
+        if len(conversation) != 1 or [p.size for p in seen] != [(scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)]:
+            raise AdapterError(f"{adapter.name}: a lab model answers one question about one 24x24 picture")
+        questions.append(text)
+        pictures.append(np.asarray(seen[0]))
+    pixels = np.stack(pictures)
+    codes = images.encode(pixels, adapter.codebook).tolist()
+    rows = [
+        [BOS, BOI, *(FIRST_CODE + c for c in code), EOI, *word_ids(question)]
+        for code, question in zip(codes, questions, strict=True)
+    ]
+    backwards = pad_rows([row[::-1] for row in rows], PAD)
+    ids = backwards.flip(1).to(adapter.device)  # padded on the left
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    if models.is_janus(adapter.model):
+        inputs["input_ids"] = ids.masked_fill(ids >= FIRST_CODE, IMAGE)
+        seen_by_eye = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(adapter.device, adapter.dtype)
+        inputs["pixel_values"] = seen_by_eye / 127.5 - 1
+    new = _greedy(adapter.model, inputs, max_new_tokens, EOS, PAD)
+    names = [*WORDS, *(f"<code_{c}>" for c in range(images.N_CODES))]
+    return [" ".join(names[i] for i in row if i not in (EOS, PAD)) for row in new]
+
+
+def _greedy(
+    model: Any, inputs: dict[str, Any], max_new_tokens: int, eos: int | list[int], pad: int
+) -> list[list[int]]:
+    """The new tokens of every row, up to and with its end."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    ends = {eos} if isinstance(eos, int) else set(eos)
+    rows: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[:n] for row, n in zip(rows, lengths, strict=True)]
