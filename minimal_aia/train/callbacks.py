@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerControl
 
 if TYPE_CHECKING:
     from minimal_aia.train.trainer import AIATrainer
@@ -47,7 +47,8 @@ class Curves(TrainerCallback):
                     f"curve_{task}/layer_{n:02d}": v for n, v in zip(layers, values["curve"], strict=True)
                 }
                 logs |= {f"probe_distance/{task}": values["distance"]} if "distance" in values else {}
-        trainer.callback_handler.on_log(trainer.args, state, trainer.control, logs)
+        # A control of its own: `on_log` marks the step as logged, but its losses are still to come.
+        trainer.callback_handler.on_log(trainer.args, state, TrainerControl(), logs)
 
 
 def read_curves(folder: str | Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class AIATrainer(SafeTrainer):
         self._step_ids: list[str] = []
         self.latest: dict[str, dict[str, Tensor]] = {}  # of the last micro-batch, for the progress bar
         self._probe: list[dict[str, Batch]] = []
+        self._stand_ins: dict[str, Batch] = {}
         arguments = options.pop("args", None) or training_arguments(config)
         super().__init__(model=module, args=arguments, train_dataset=dataset, **options)
         self.remove_callback(ProgressCallback)
@@ -95,7 +97,34 @@ class AIATrainer(SafeTrainer):
             for task, row in zip(TASKS, counts.tolist(), strict=True)
             if row[0]
         }
+        self._fill_in(batches)
         return batches, totals
+
+    def _fill_in(self, batches: list[dict[str, Batch]]) -> None:
+        """Give every process every task that any of them has in a micro-batch, when the model is sharded.
+
+        A sharded model is put together by all processes, layer by layer: if one of them made a pass more than
+        another, both would wait for ever. A stand-in is real data without ids, and counts nothing.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return
+        needed = torch.tensor([[float(task in micro) for task in TASKS] for micro in batches])
+        needed = needed.to(self.args.device)
+        torch.distributed.all_reduce(needed, torch.distributed.ReduceOp.MAX)
+        for number, (micro, row) in enumerate(zip(batches, needed.tolist(), strict=True)):
+            batches[number] = {
+                task: micro[task] if task in micro else self._stand_in(task)
+                for task, anywhere in zip(TASKS, row, strict=True)
+                if anywhere
+            }
+
+    def _stand_in(self, task: str) -> Batch:
+        """The run's first batch of a task, marked as one that counts nothing."""
+        if task not in self._stand_ins:
+            micros = map(self.train_dataset.__getitem__, range(len(self.train_dataset)))
+            found = next(micro for micro in micros if task in micro)
+            self._stand_ins[task] = replace(found[task], ids=[])
+        return self._stand_ins[task]
 
     def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
         return {task: batch.to(self.args.device, self.module.adapter.dtype) for task, batch in inputs.items()}
@@ -191,9 +220,8 @@ class AIATrainer(SafeTrainer):
 
         The same samples every time, without dropout: two measurements differ by the training between them.
         """
-        while not self._probe or (len(self._probe) < PROBE_BATCHES and self._probed() < PROBE_SAMPLES):
-            world, rank = self.accelerator.num_processes, self.accelerator.process_index
-            self._probe.append(self.train_dataset[len(self._probe) * world + rank])
+        if not self._probe:
+            self._probe = self._first_samples()
         n_layers = len(self.module.layers or self.module.adapter.layers())
         sums = torch.zeros(len(TASKS), n_layers + 2, device=self.args.device)  # curve..., distance, samples
         for micro in self._probe:
@@ -213,9 +241,17 @@ class AIATrainer(SafeTrainer):
                     found[task]["distance"] = away / used
         return found
 
-    def _probed(self) -> int:
-        """Samples in the probe, of the task that has fewest."""
-        return min(sum(len(b[task]) for b in self._probe if task in b) for task in self.config.shares())
+    def _first_samples(self) -> list[dict[str, Batch]]:
+        """Micro-batches from the run's beginning, until each process has PROBE_SAMPLES of every task."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        found: list[dict[str, Batch]] = []
+        fewest = 0
+        while len(found) < PROBE_BATCHES and fewest < PROBE_SAMPLES:
+            found.append(self.train_dataset[len(found) * world + rank])
+            own = min(sum(len(b[task]) for b in found if task in b) for task in self.config.shares())
+            fewest = int(self.accelerator.gather(torch.tensor(own, device=self.args.device)).min())
+        self._fill_in(found)
+        return found
 
     # ---- checkpoints -----------------------------------------------------------------------------------
 
