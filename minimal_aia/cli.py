@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from minimal_aia.convert_command import add_convert
-from minimal_aia.evaluation.command import add_evaluate
+from minimal_aia.evaluation.command import add_evaluate, add_report
 from minimal_aia.evaluation.imported import add_import_scores
 from minimal_aia.lab.sweep_command import add_sweep
 from minimal_aia.profile_command import add_profile
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         add_export,
         add_sweep,
         add_evaluate,
+        add_report,
         add_import_scores,
         add_check_data,
         add_prepare,

@@ -111,5 +111,3 @@ def _orders(values: list[str]) -> int:
     for count in Counter(values).values():
         ways //= factorial(count)
     return ways
-
-

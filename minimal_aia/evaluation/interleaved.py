@@ -1,16 +1,17 @@
 """The model draws, then answers questions about its own drawing: why one would not take a model apart.
 
-A prompt names every thing and its place, the model draws it, the detector says what the drawing shows, and the
-same questions are answered in three ways:
+A prompt names every thing and its place, the model draws it, the detector says what the drawing shows, and
+the same questions are answered in three ways:
 
 own drawing     <bos> <boi> codes <eoi> question …          the format of answering; the codes are its own
 one sequence    <bos> prompt <boi> codes <eoi> question …    as it would go on after drawing
 clean picture   as the first, but what the drawing shows is rendered anew: can it answer at all?
 
 No lab model was trained on the second format. Its drawing is followed by nothing there, and no question ever
-comes after a prompt: what it scores is what the two tasks share without being told to. A Janus-like model reads
-pictures with its vision encoder: its own drawing is decoded to pixels and read again, except in one sequence,
-where the drawing is still there as the codes that it drew.
+comes after a prompt: what it scores is what the two tasks share without being told to. A Janus-like model
+reads pictures with its vision encoder: its own drawing is decoded to pixels and read again, except in one
+sequence, where the drawing is still there as the codes that it drew. A mixture of transformers reads its
+drawing through the understanding expert, except in one sequence, where the generation expert has drawn it.
 """
 
 from __future__ import annotations

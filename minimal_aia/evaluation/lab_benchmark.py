@@ -73,7 +73,17 @@ def answer_rows(answer: Callable[..., list[str]], items: int, seed: int) -> list
         found, questions = _questions(kind, items, seed)
         said = answer(pictures_of(found), [q.text for q in questions])
         rows += [
-            ("understanding", "exact_match", kind, i, float(words == q.answer), 1, _asked(s, q), q.answer, words)
+            (
+                "understanding",
+                "exact_match",
+                kind,
+                i,
+                float(words == q.answer),
+                1,
+                _asked(s, q),
+                q.answer,
+                words,
+            )
             for i, (s, q, words) in enumerate(zip(found, questions, said, strict=True))
         ]
     return rows
@@ -83,9 +93,9 @@ def answer_rows(answer: Callable[..., list[str]], items: int, seed: int) -> list
 def existence_items(count: int, seed: int) -> list[tuple[Scene, dict[str, Question]]]:
     """Scenes with one question to answer yes ("there") and, by split, one to answer no.
 
-    random: any thing that is not there. near: its colour or its shape is there, but not both. swapped: both are
-    there, but on different things, so that only binding them tells. All splits ask about the same scenes and
-    share the question to answer yes: they differ in what is not there alone.
+    random: any thing that is not there. near: its colour or its shape is there, but not both. swapped: both
+    are there, but on different things, so that only binding them tells. All splits ask about the same scenes
+    and share the question to answer yes: they differ in what is not there alone.
     """
     rng = np.random.default_rng((metrics.EVALUATION_SEED + seed, 300))
     found: list[tuple[Scene, dict[str, Question]]] = []
@@ -111,7 +121,7 @@ def existence_items(count: int, seed: int) -> list[tuple[Scene, dict[str, Questi
 
 
 def yes_no_rows(answer: Callable[..., list[str]], items: int, seed: int) -> list[Row]:
-    """The five metrics of POPE by split. Any answer but "yes" counts as no "yes", and is right only if "no"."""
+    """The five metrics of POPE by split. An answer that is neither yes nor no is no "yes", and is wrong."""
     found = existence_items(items, seed)
     flat = [(i, s, split, q) for i, (s, asked) in enumerate(found) for split, q in asked.items()]
     said = answer(pictures_of([s for _, s, _, _ in flat]), [q.text for *_, q in flat])
@@ -168,9 +178,9 @@ def judge(prompt: Prompt, scene: Scene, item: int) -> list[Row]:
 def geneval(prompt: Prompt, scene: Scene) -> dict[str, bool]:
     """The rules of GenEval that apply to a prompt, held against what a drawing shows.
 
-    single_object, two_object: the shapes are there, of whatever colour. colors, color_attr: and in the colours
-    asked for, on one thing and on two. counting: exactly that many of the shape. position: both things are
-    there and one pair of them is placed as asked. What else is in the drawing does not matter.
+    single_object, two_object: the shapes are there, of whatever colour. colors, color_attr: and in the
+    colours asked for, on one thing and on two. counting: exactly that many of the shape. position: both
+    things are there and one pair of them is placed as asked. What else is in the drawing does not matter.
     """
     shapes = Counter(shape for _, shape, _, _ in prompt.things)
     names = Counter(f"{color} {shape}" for color, shape, _, _ in prompt.things)
@@ -212,7 +222,7 @@ def loss_rows(model: Any, codebook: np.ndarray, task: str, items: int, seed: int
 
 
 def guesser(kind: str, items: int = 400, seed: int = 0) -> pd.DataFrame:
-    """The same items for a guesser, as a frame of `benchmark`; hits are its chances, not one throw of its dice.
+    """The same items for a guesser, as a frame of `benchmark`; hits are chances, not one throw of dice.
 
     kind: "blind" never sees the picture and gives the usual answer, or draws a training scene whatever the
     prompt says; it says "yes" to every "is there". "unbound" sees or draws the right colours, shapes, places
@@ -220,7 +230,7 @@ def guesser(kind: str, items: int = 400, seed: int = 0) -> pd.DataFrame:
     """
     chance = {"blind": blind, "unbound": unbound}[kind]
     rows: list[Row] = []
-    for number, name in enumerate(scenes.QUESTION_KINDS):
+    for name in scenes.QUESTION_KINDS:
         found, questions = _questions(name, items, seed)
         rows += [
             ("understanding", "exact_match", name, i, chance(s, q), 1, _asked(s, q), q.answer, "")
@@ -252,7 +262,8 @@ def guesser(kind: str, items: int = 400, seed: int = 0) -> pd.DataFrame:
 
 def ground_truth(codebook: np.ndarray | None, items: int = 400, seed: int = 0) -> pd.DataFrame:
     """The benchmark's drawings as a perfect model would make them, through the same judge: the detector's own
-    error, and the ceiling of every score. codebook: also through the lossy tokenizer, as every drawing goes."""
+    error, and the ceiling of every score. codebook: also through the lossy tokenizer, as every drawing
+    goes."""
     rows: list[Row] = []
     for category in scenes.CATEGORIES:
         found, wanted = _prompts(category, items, seed)

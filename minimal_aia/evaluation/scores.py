@@ -1,7 +1,7 @@
 """From items to scores with intervals, and from two runs' items to paired differences.
 
-Every metric here is a ratio of two sums over items (a share: right / asked; precision: right "yes" / all "yes";
-a loss: nats / tokens). An items frame has the columns
+Every metric here is a ratio of two sums over items (a share: right / asked; precision: right "yes" / all
+"yes"; a loss: nats / tokens). An items frame has the columns
 
     model, seed, task, metric, group    what is measured
     item                                what is resampled: rows of one item stay together
@@ -82,6 +82,24 @@ def differences(
     return pd.DataFrame(rows, columns=names)
 
 
+def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+    """For reading: a row a metric and group, a column a model, cells like "0.71 [0.66, 0.75]"."""
+    rows = table.assign(
+        cell=[f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in zip(table["value"], table["low"], table["high"])],
+        column=labels(table),
+    )
+    keys = ["task", "metric", "group"]
+    order = {key: i for i, key in enumerate(dict.fromkeys(zip(*(table[k] for k in keys))))}
+    wide = rows.pivot(index=keys, columns="column", values="cell")[list(dict.fromkeys(rows["column"]))]
+    return wide.loc[sorted(wide.index, key=lambda key: order[key])].fillna("").reset_index()
+
+
+def labels(table: pd.DataFrame) -> pd.Series:
+    """The model's name, with its seed where a name occurs with several."""
+    several = table.groupby("model")["seed"].transform("nunique") > 1
+    return table["model"].where(~several, table["model"] + ", seed " + table["seed"].astype(str))
+
+
 def _asked(frame: pd.DataFrame) -> list[tuple]:
     return sorted(zip(frame["item"], frame["asked"], strict=True))
 
@@ -114,14 +132,15 @@ def _mean_interval(draws: dict) -> tuple[float, float]:
 
 
 def _unseen(n: int) -> float:
-    """The largest share that can hide behind n items without a single case, at this level (exact binomial)."""
+    """The largest share that can hide behind n items without one case, at this level (exact binomial)."""
     return 1 - ((1 - LEVEL) / 2) ** (1 / n)
 
 
 def _interval(sums: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
     low, high = stats.interval(draws, LEVEL)
     value, n = _ratio(sums), int((sums[:, 1] > 0).sum())
-    # All right or all wrong: every resample is, too, and the bootstrap claims certainty from any number of items.
+    # All right or all wrong: every resample is, too, and the bootstrap claims certainty from any number of
+    # items.
     if value in (0.0, 1.0) and n and low == high:
         return max(0.0, value - _unseen(n)), min(1.0, value + _unseen(n))
     return low, high

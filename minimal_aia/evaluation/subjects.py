@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import yaml
 
 from minimal_aia.lab import images, models
 from minimal_aia.lab.sequences import BOI, BOS, EOI, EOS, FIRST_CODE, WORDS, pad, word_ids
@@ -37,7 +38,9 @@ class Subject(Protocol):
 class LabModel:
     """A lab model as a subject: draws by sampling at temperature 1, answers greedily."""
 
-    def __init__(self, name: str, seed: int, tasks: tuple[str, ...], model: Any, codebook: np.ndarray) -> None:
+    def __init__(
+        self, name: str, seed: int, tasks: tuple[str, ...], model: Any, codebook: np.ndarray
+    ) -> None:
         self.name, self.seed, self.tasks = name, seed, tasks
         self.model, self.codebook = model, codebook
 
@@ -48,8 +51,8 @@ class LabModel:
         self, pictures: np.ndarray, questions: list[str], prompts: list[str] | None = None
     ) -> list[str]:
         codes = images.encode(pictures, self.codebook).tolist()
-        # A Janus-like model has two embeddings of a picture. The drawing of the running sequence is still there
-        # in the one that it was drawn with; every other picture is read through the vision encoder.
+        # A Janus-like model has two embeddings of a picture, a mixture of transformers two experts for it.
+        # The drawing of the running sequence is there as it was drawn; every other picture is read.
         task = "understanding" if prompts is None else "generation"
         starts = [[BOS, *word_ids(p)] for p in prompts] if prompts else [[BOS]] * len(questions)
         tokens = [
@@ -74,10 +77,13 @@ class LabModel:
         batch = pad([(row, "-" * len(row)) for row in tokens], pictures).to(device)
         embeds = models.embed(model, batch, task)  # [B, S, D]
         decoder = model.model.language_model if models.is_janus(model) else model.model
+        drawn = (batch.ids >= FIRST_CODE) & (task == "generation")
         cache, said = None, []
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=device)
         for _ in range(MAX_ANSWER):
-            out = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            out = decoder(
+                inputs_embeds=embeds, past_key_values=cache, use_cache=True, **models.routed(model, drawn)
+            )
             cache = out.past_key_values
             token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)  # [B]
             said.append(token)
@@ -85,6 +91,7 @@ class LabModel:
             if ended.all():
                 break
             embeds = model.get_input_embeddings()(token)[:, None]
+            drawn = torch.zeros_like(token, dtype=torch.bool)[:, None]
         return [_words(row) for row in torch.stack(said, dim=1).tolist()]
 
 
@@ -94,27 +101,27 @@ def _words(ids: list[int]) -> str:
 
 
 def lab_subject(place: str | Path, device: str = "cpu") -> LabModel:
-    """A lab model by name ("lab/unified") or folder. FileNotFoundError or ValueError if there is none."""
-    from minimal_aia.models.lab import CHECKPOINTS
+    """A lab model by name ("lab/unified") or the folder of a run. ValueError or OSError if there is none."""
+    from minimal_aia.models.lab import load_lab
 
+    adapter = load_lab(str(place), device=device)
     short = str(place).removeprefix("lab/")
-    shipped = short in models.NAMES
-    folder = CHECKPOINTS / short if shipped else Path(place)
-    if not (folder / "codebook.safetensors").is_file():
-        raise ValueError(
-            f"{place}: no lab model (codebook.safetensors is missing); give one of "
-            f"{', '.join('lab/' + name for name in models.NAMES)}, or a folder that lab training wrote"
-        )
-    model, codebook = models.load(folder)
-    name, seed = (short, 0) if shipped else name_and_seed(folder)
-    tasks = models.TASKS.get(name, ("generation", "understanding"))
-    return LabModel(name, seed, tasks, model.to(device), codebook)
+    name, seed, base = (short, 0, short) if short in models.NAMES else origin(Path(place))
+    tasks = models.TASKS.get(base, ("generation", "understanding"))
+    return LabModel(name, seed, tasks, adapter.model.eval(), adapter.codebook)
 
 
-def name_and_seed(folder: Path) -> tuple[str, int]:
-    """As its training wrote it down, else from a folder name like unified-seed3, else (folder name, 0)."""
-    if (folder / "training.json").is_file():
+def origin(folder: Path) -> tuple[str, int, str]:
+    """Name, seed, and the kind of lab model that it is or started as.
+
+    As the training wrote them down, else from a folder name like unified-seed3.
+    """
+    if (folder / "training.json").is_file():  # written by lab.train
         facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return facts["name"], facts["seed"]
+        return facts["name"], facts["seed"], facts["name"]
     name, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", folder.resolve().name).groups()  # type: ignore[union-attr]
-    return name, int(seed or 0)
+    if (folder / "recipe.yaml").is_file():  # written by `minimal-aia train`
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        base = Path(str(recipe["model"])).name.split("-seed")[0]
+        return name, int(recipe["seed"]), base
+    return name, int(seed or 0), name
