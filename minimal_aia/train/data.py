@@ -6,12 +6,14 @@ still needs. Sequences are padded to the longest of their micro-batch, never to 
 
 Several samples are never packed into one sequence. An intensity is a mean over the queries of one sample; in
 a packed sequence those of several would have to be told apart inside every layer, and the block mask rules
-out the fastest attention kernels. Sorting by length leaves little padding: `check-data` says how much.
+out the fastest attention kernels. Sorting by length leaves little padding: of 40 % on long answers, 1 % stays
+with `length_window: 16` (tests/train/test_order.py); `check-data` says how much in a recipe's own data.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +27,7 @@ from minimal_aia.models.base import Adapter, Batch
 from minimal_aia.train.codes import CodeStore
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.open_source import STREAM_BLOCK, open_source
-from minimal_aia.train.order import Order
+from minimal_aia.train.order import Order, check_even
 from minimal_aia.train.sources import Source
 
 TRIES = 100  # a place whose sample is bad takes the next good one; after so many bad ones in a row, stop
@@ -225,6 +227,8 @@ def data_adapter(config: TrainConfig) -> Adapter:
 
 def open_data(config: TrainConfig, world_size: int = 1, adapter: Adapter | None = None) -> MixedBatches:
     """The data that a recipe names. Every error a user can make is raised here, before training starts."""
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        check_even(config, world_size)
     specs = {task: getattr(config, f"{task}_data") for task in config.shares()}
     if lab := [task for task, spec in specs.items() if spec == "lab"]:
         raise ValueError(f"{lab[0]}_data lab: endless scenes are for both tasks or none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -23,7 +24,8 @@ from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.signals import StopAtStepBoundary
 
 # Another value of these is another run: steps would hold other samples.
-SAME_DATA = ("seed", "task_ratio", "per_device_train_batch_size", "prompt_dropout", "max_length")
+SAME_DATA = """seed task_ratio per_device_train_batch_size prompt_dropout max_length
+    length_window""".split()
 # These may change without a word.
 FREE = """output_dir resume num_processes gradient_accumulation_steps save_steps save_total_limit
     logging_steps curve_steps report_to dataloader_num_workers use_cpu on_nonfinite""".split()
@@ -42,6 +44,7 @@ class SafeTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_sharded(self)
         self.stop = StopAtStepBoundary(self.accelerator)
         self.add_callback(self.stop)
 
@@ -74,6 +77,7 @@ class SafeTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if first:
                 facts = {"step": step, "world_size": self.args.world_size, "layout": layout(self)}
+                facts["data"] = data_fingerprints(self)
                 ck.seal(staged, config=asdict(self.config), **facts)
                 ck.publish(staged, final)
                 ck.retain(run, self.config.save_total_limit, sealed=final)
@@ -150,6 +154,7 @@ def resume_point(trainer: SafeTrainer, say: Callable[[str], None] = print) -> st
             checkpoint = resume_from(trainer.config, trainer.args.world_size, say)
             if checkpoint:
                 check_layout(checkpoint, trainer)
+                check_same_files(checkpoint, trainer)
                 found = str(checkpoint)
         except (ValueError, OSError) as error:
             failure = error
@@ -227,6 +232,34 @@ def check_same_run(
     for key in sorted(now.keys() - set(SAME_DATA) - set(FREE)):
         if key in was and was[key] != now[key]:
             say(f"resume {checkpoint.name}: {key} was {was[key]}, now it is {now[key]}")
+
+
+def data_fingerprints(trainer: Any) -> dict[str, Any]:
+    """By task, what tells the run's data files from others; empty for lab scenes, which are no files."""
+    dataset: Any = trainer.train_dataset
+    return dict(dataset.fingerprint()["sources"]) if hasattr(dataset, "fingerprint") else {}
+
+
+def check_same_files(checkpoint: Path, trainer: Any) -> None:
+    """ValueError if the data files are not those that the checkpoint's run was trained on."""
+    was, now = ck.read_manifest(checkpoint).get("data", {}), data_fingerprints(trainer)
+    for task in was:
+        if was[task] != now.get(task):
+            raise ValueError(
+                f"resume {checkpoint}: {task}_data holds other samples than when it was written, which would"
+                " change their order. Bring them back, or start a new run in another output_dir"
+            )
+
+
+def check_sharded(trainer: Any) -> None:
+    """ValueError if FSDP or DeepSpeed was asked for and accelerate has quietly made something else of it."""
+    asked = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
+    for name, enabled in asked.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") and not enabled:
+            raise ValueError(
+                f"{name} was asked for, but accelerate runs {trainer.accelerator.distributed_type.value}: it"
+                " shards on GPUs and the like only. On CPUs use DDP: torchrun, or a configuration without it"
+            )
 
 
 def check_layout(checkpoint: Path, trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -444,3 +445,25 @@ def test_sources_of_tasks_outside_the_ratio_are_never_opened(models, folder):
 def test_data_adapter_follows_the_recipe(models):
     light = data_adapter(TrainConfig(model=str(models["janus"]), dtype="bfloat16", image_fit="pad"))
     assert (light.dtype, light.image_fit, light.ends_turns) == (torch.bfloat16, "pad", True)
+
+
+def test_a_run_does_not_go_on_with_other_files(models, folder, tmp_path):
+    """Its manifest holds the fingerprints; a line more, and the order would be another."""
+    from types import SimpleNamespace
+
+    from minimal_aia.train import checkpoints
+    from minimal_aia.train.saving import check_same_files, data_fingerprints
+
+    for task in TASKS:
+        (tmp_path / f"{task}.jsonl").write_text((folder / f"{task}.jsonl").read_text())
+    c = config(models, tmp_path)
+    saved = tmp_path / "checkpoint-1"
+    saved.mkdir()
+    trainer = SimpleNamespace(train_dataset=open_data(c))
+    checkpoints.seal(saved, data=data_fingerprints(trainer))
+    check_same_files(saved, SimpleNamespace(train_dataset=open_data(c)))
+    with (tmp_path / "understanding.jsonl").open("a") as file:
+        file.write(json.dumps(entries("understanding", 9, ["images/0.png"])[-1]) + "\n")
+    with pytest.raises(ValueError, match="understanding_data holds other samples than when it was written"):
+        check_same_files(saved, SimpleNamespace(train_dataset=open_data(c)))
+    assert data_fingerprints(SimpleNamespace(train_dataset=[])) == {}

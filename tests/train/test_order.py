@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimal_aia.train.config import TASKS, TrainConfig, micro_batch, task_counts
-from minimal_aia.train.order import Order
+from minimal_aia.train.order import Order, check_even
 
 RATIOS = st.one_of(
     st.sampled_from(["1:1", "2:1", "1:3", "1:0", "0:1", "0.7:0.3", "3:7"]),
@@ -148,6 +150,30 @@ def test_with_one_sample_a_process_tasks_alternate_in_time_not_over_processes():
                 if order.stretch(task, micro_batch(c, step, micro, rank, 4))
             )
             assert len(tasks) == 1  # all processes do the same task at the same time
+
+
+def test_sharded_models_refuse_batches_that_leave_a_process_a_task_short():
+    check_even(config("1:1", batch=1), 4)
+    check_even(config("1:1", batch=2), 4)
+    check_even(config("3:1", batch=4), 8)
+    check_even(config("3:1", batch=2), 1)
+    check_even(config("3:1", batch=1, accumulation=4), 2)
+    with pytest.raises(ValueError, match="task_ratio 3:1 with per_device_train_batch_size 2: in step 0 some"):
+        check_even(config("3:1", batch=2), 2)
+
+
+def test_a_window_of_16_steps_makes_packing_needless():
+    """Image tokens and answers as long as Janus' understanding data may have; padding in batches of 8."""
+    lengths = 620 + np.random.default_rng(0).lognormal(np.log(250), 0.9, 50_000).clip(5, 2400).astype(int)
+
+    def padding(window):
+        order = Order.of(config("0:1", batch=8, window=window), 16)
+        arranged = lru_cache(lambda w: order.arrange("understanding", w, lambda place: int(lengths[place])))
+        rows = [lengths[list(order.places("understanding", n, arranged))] for n in range(512)]
+        return 1 - sum(row.sum() for row in rows) / sum(row.max() * len(row) for row in rows)
+
+    assert padding(0) > 0.35
+    assert padding(16) < 0.015
 
 
 def test_numbers_beyond_any_run_are_still_exact():
