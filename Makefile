@@ -33,7 +33,7 @@ NBVAL = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 \
 # Jupyter refuses to run as root (containers, CI) unless it is told that this is meant.
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab course install doctor test lint types unit nbval test-browser clean
+.PHONY: help lab course install doctor bench test lint types unit nbval test-browser clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ install: $(STAMP)  ## create .venv and install the locked versions
 
 doctor: $(STAMP)  ## say what this machine has and lacks
 	$(BIN)/minimal-aia doctor
+
+bench: $(STAMP)  ## measure cost beside the alternatives (a quarter of an hour), print the table
+	$(BIN)/minimal-aia bench $(ARGS)
 
 test: lint types unit nbval  ## everything CI runs: lint, types, unit tests, notebooks
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from minimal_aia.bench_command import add_bench
 from minimal_aia.convert_command import add_convert
 from minimal_aia.evaluation.command import add_evaluate, add_report
 from minimal_aia.evaluation.imported import add_import_scores
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         add_import_scores,
         add_check_data,
         add_prepare,
+        add_bench,
     ):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
