@@ -38,7 +38,7 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
         "bench",
         help="measure cost beside the alternatives; print the table",
         description="Run the scripts of benchmarks/ (a clone of the repository is needed), each with its "
-        "sides alternating in one process, and print their figures beside the targets. CPU sizes take about a "
+        "sides alternating in one process, and print their figures beside the targets. CPU sizes take a "
         "quarter of an hour on one core.",
     )
     command.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="these scripts")
