@@ -32,7 +32,10 @@ class JanusAdapter(ChatAdapter):
     tasks = ("generation", "understanding")
     drops_prompts = True
     coded_tasks = ("generation",)  # understanding sees pixels
-    image_fit = "pad"  # how a target picture becomes square: grey bars (the processor's way), or "crop"
+    # How a target picture becomes square: by grey bars, as the processor does, or by "crop". The released
+    # training code crops targets and leaves understanding to the processor (its filter differs for pictures
+    # twice as large and more). A model trained on padded targets learns to draw the bars.
+    image_fit = "pad"
 
     @classmethod
     def load(cls, name: str, family: Family, **options: Any) -> JanusAdapter:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from data_fakes import entries, write_lines, write_pictures
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -30,6 +32,7 @@ from minimal_aia.train.data import MixedBatches, data_adapter, open_data, paddin
 torch.set_num_threads(1)
 TASKS = ("generation", "understanding")
 FAMILIES = ("janus", "emu3")
+LIGHT = {}  # adapters without weights, made once
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,18 @@ def test_an_epoch_holds_every_sample_once(models, folder, window):
             assert set(ids[task][:n]) == wanted
         counts = [ids[task].count(i) for i in wanted]
         assert max(counts) - min(counts) <= 1 + (window > 0)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations(range(12)), st.integers(0, 4))
+def test_a_number_is_the_same_whenever_it_is_asked_for(models, folder, numbers, window):
+    """A resumed run starts anywhere, a worker takes every n-th: nothing depends on what came before."""
+    c = config(models, folder, length_window=window, prompt_dropout=0.3)
+    light = LIGHT.get("janus") or LIGHT.setdefault("janus", data_adapter(c))
+    in_order = open_data(c, 2, light)
+    wanted = [in_order.samples(number) for number in range(12)]
+    data = open_data(c, 2, light)
+    assert [data.samples(number) for number in numbers] == [wanted[number] for number in numbers]
 
 
 @pytest.mark.parametrize("window", [0, 2])
