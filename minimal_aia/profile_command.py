@@ -166,10 +166,11 @@ def check_writable(path: Path) -> None:
 
 def check_task(model: str, family: str | None, task: str) -> None:
     """The task against the model's family, from its config alone. Lab models load at once and say it then."""
-    if model.startswith("lab/"):
-        return
     from minimal_aia.models.loading import read_types
-    from minimal_aia.models.registry import find_family
+    from minimal_aia.models.registry import find_family, is_lab
+
+    if is_lab(model):
+        return
 
     row = find_family(model, read_types(model), family)
     if task not in row.tasks:

@@ -86,6 +86,7 @@ class Adapter:
 
     family: str = ""
     tasks: tuple[str, ...] = ()
+    definitions: tuple[str, ...] = ("paper", "predicting")  # of `spans`
     ends_turns = False  # training needs the end of the last answer too, which chat templates leave out
     drops_prompts = False  # whether `collate` knows samples whose prompt is dropped
     coded_tasks: tuple[str, ...] = ()  # tasks whose pictures may come as codes (`encode_pictures`)
@@ -183,11 +184,12 @@ class Adapter:
 
     def spans(self, batch: Batch, definition: str = "paper") -> tuple[Tensor, Tensor]:
         """(query_mask, key_mask), bool [B, S]: "paper", or "predicting", with queries one to the left."""
-        if definition == "paper":
-            return batch.query_mask, batch.key_mask
-        if definition == "predicting":
-            return shift_left(batch.query_mask), batch.key_mask
-        raise AdapterError(f"{self.name}: no spans {definition!r}; choose paper or predicting")
+        if definition not in self.definitions:
+            raise AdapterError(
+                f"{self.name}: no spans {definition!r}; choose from {', '.join(self.definitions)}"
+            )
+        query = batch.query_mask if definition == "paper" else shift_left(batch.query_mask)
+        return query, batch.key_mask
 
     def save(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, hub_names: bool = True

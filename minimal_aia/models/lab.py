@@ -30,6 +30,7 @@ class LabAdapter(Adapter):
     """A lab model: the spans of `minimal_aia.lab.sequences`, in the format that it was trained in."""
 
     family = "lab"
+    definitions = ("paper", "predicting", "code", "code-plots")
 
     def __init__(self, name: str, model: nn.Module, codebook: np.ndarray, tasks: tuple[str, ...]) -> None:
         super().__init__(name, model)

@@ -230,6 +230,11 @@ def find_family(name: str, types: list[str], family: str | None = None) -> Famil
     )
 
 
+def is_lab(name: str) -> bool:
+    """Whether a name is that of a lab model: "lab/unified", ..., or a folder with a lab picture codebook."""
+    return name.startswith("lab/") or (Path(name) / "codebook.safetensors").is_file()
+
+
 def load_adapter(
     name_or_path: str | Path,
     *,
@@ -244,7 +249,7 @@ def load_adapter(
     """Load a model and return its adapter.
 
     name_or_path: "lab/unified", "lab/janus", "lab/mot", "lab/generation", "lab/understanding"; else a folder
-        in Hugging Face layout or a hub id.
+        that training a lab model wrote, a folder in Hugging Face layout, or a hub id.
     family: a name from `FAMILIES`; by default read from the folder's config. "decoder" takes any decoder-only
         vision-language model of transformers, given `image_token_id=`.
     device, dtype: where and in what precision (default: the GPU if there is one; the checkpoint's own dtype).
@@ -257,7 +262,11 @@ def load_adapter(
     missing package, too little memory, remote code without consent.
     """
     name = str(name_or_path)
-    if name.startswith("lab/"):
+    if isinstance(dtype, str):
+        import torch
+
+        dtype = getattr(torch, dtype)
+    if is_lab(name):
         lab = importlib.import_module("minimal_aia.models.lab")
         adapter: Adapter = lab.load_lab(name)
         return adapter.to(device, dtype)
@@ -277,10 +286,6 @@ def load_adapter(
         raise AdapterError(
             f"{name}: family {row.name!r} has no option {unknown[0]!r}; it has: {', '.join(sorted(known))}"
         )
-    if isinstance(dtype, str):
-        import torch
-
-        dtype = getattr(torch, dtype)
     return cls.load(
         name,
         row,

@@ -47,6 +47,8 @@ class SFTModule(nn.Module):
         self.model = adapter.model
         self.config = deepcopy(self.model.config)  # Trainer and DeepSpeed read it, and write to it
         self.layers = layer_subset(config.aia_layers, len(adapter.layers()))
+        if config.spans not in adapter.definitions:
+            raise ValueError(f"spans {config.spans}: {config.model} knows {', '.join(adapter.definitions)}")
         self._frozen = freeze(self.model, config.freeze, config.shares())
         if config.attention_dropout is not None:
             set_dropout(adapter.layers(), config.attention_dropout)
@@ -186,6 +188,10 @@ class SFTModule(nn.Module):
         state = _without_prefix(self.state_dict() if state_dict is None else state_dict)
         if self.recipe.lora_rank:
             state = merged(state, self.recipe.lora_alpha / self.recipe.lora_rank)
+        # Gathered from shards, tied weights are two tensors. A folder holds them once.
+        for copy, source in self.model.all_tied_weights_keys.items():
+            if copy in state and torch.equal(state[copy], state[source]):
+                del state[copy]
         self.adapter.save(folder, state)
 
     def _touch_the_rest(self, loss: Tensor, batches: Mapping[str, Batch]) -> Tensor:

@@ -88,7 +88,7 @@ def add_lora(model: Any, layers: list[nn.Module], config: TrainConfig) -> None:
     ]
     settings = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=rf"{re.escape(prefix)}\.\d+\..*\b({'|'.join(sorted(wanted))})",
     )

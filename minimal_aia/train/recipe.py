@@ -91,8 +91,6 @@ def check(config: TrainConfig) -> None:
             run()
         except ValueError as error:
             faults.append(str(error))
-    if config.spans == "code" and not config.model.startswith("lab/") and "lab" not in config.generation_data:
-        faults.append("spans code: known for lab models only; choose paper or predicting")
     if config.lora_rank and "language" in config.freeze:
         faults.append("lora_rank: LoRA trains the language model, which freeze leaves as it is")
     if config.dtype == "bfloat16" and not config.lora_rank and config.learning_rate < 1e-4:

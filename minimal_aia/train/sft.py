@@ -15,6 +15,8 @@ from typing import Any
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.recipe import check, to_yaml
 
+LOOKED_AT = 200  # samples a task that a dry run looks at
+
 
 class LabBatches:
     """Endless fresh lab scenes as a dataset: item g is micro-batch g of the run, {task: Batch}."""
@@ -51,6 +53,8 @@ def build(config: TrainConfig) -> Any:
     dataset = open_dataset(config)
     adapter = load_adapter(config.model, device="cpu", dtype=getattr(torch, config.dtype))
     adapter.ends_turns = True
+    if codes := getattr(dataset, "codes", None):
+        codes.check_model(adapter)
     if missing := [task for task in config.shares() if task not in adapter.tasks]:
         raise ValueError(f"task_ratio {config.task_ratio}: {config.model} does not do {missing[0]}")
     targets = resolve_targets(config, len(adapter.layers()))
@@ -62,7 +66,12 @@ def open_dataset(config: TrainConfig) -> Any:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if {getattr(config, f"{task}_data") for task in config.shares()} == {"lab"}:
         from minimal_aia.models.lab import load_lab
+        from minimal_aia.models.registry import is_lab
 
+        if not is_lab(config.model):
+            raise ValueError(
+                f"{config.model}: lab scenes are for lab models; name generation_data, understanding_data"
+            )
         return LabBatches(config, load_lab(config.model).codebook, world)
     from minimal_aia.train.data import open_data
 
@@ -126,24 +135,36 @@ def finish(trainer: Any, config: TrainConfig) -> None:
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Print the recipe, the plan and the first batch, without weights in memory."""
+    """Print the recipe, a look at the data and the first batch, without weights in memory.
+
+    Under a launcher the first process speaks for all of them.
+    """
+    from minimal_aia.train.check import check_data
     from minimal_aia.train.module import resolve_targets
     from minimal_aia.train.preview import preview
 
     check(config)
+    check_processes(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(to_yaml(config) or "(all defaults)\n")
     adapter = without_weights(config)
     targets = resolve_targets(config, len(adapter.layers()))
     aim = f"targets {targets.name}" if targets else "no targets"
-    print(f"{config.model}: {adapter.family}, {len(adapter.layers())} layers; {aim}")
+    print(f"{config.model}: {adapter.family}, {len(adapter.layers())} layers; {aim}\n")
     dataset = open_dataset(config)
-    print(f"\nfirst batch of {len(dataset)}:")
+    if not isinstance(dataset, LabBatches):
+        print("the first samples (`minimal-aia check-data` looks at all of them)\n")
+        print(check_data(dataset, quick=True, limit=LOOKED_AT, progress=False).text() + "\n")
+    print(f"first of {len(dataset)} micro-batches")
     print(preview(adapter, dataset[0], config.spans))
 
 
 def without_weights(config: TrainConfig) -> Any:
     """The run's adapter, made from the model's configuration and processor alone."""
-    if config.model.startswith("lab/"):
+    from minimal_aia.models.registry import is_lab
+
+    if is_lab(config.model):
         from minimal_aia.models.lab import load_lab
 
         return load_lab(config.model)

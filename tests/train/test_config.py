@@ -158,7 +158,6 @@ def test_values_that_contradict_each_other():
         ({"aia_layers": "x"}, "expected all"),
         ({"lora_rank": 4, "freeze": "language"}, "LoRA trains"),
         ({"dtype": "bfloat16", "learning_rate": 2e-5}, "would lose updates"),
-        ({"spans": "code", "model": "some/janus", "generation_data": "a.jsonl"}, "lab models only"),
     ):
         with pytest.raises(ValueError, match=message):
             check(replace(TrainConfig(), **options))
