@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
-from real_models import checkpoint
+from real_models import checkpoint, module
 
 from minimal_aia.cli import main
 from minimal_aia.models import load_adapter
@@ -125,12 +126,18 @@ def trained(base: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "model.", "module.model.", "_orig_mod.model.", "model._fsdp_wrapped_module."]
+    ("file", "prefix"),
+    [
+        ("model.safetensors", ""),
+        ("model.safetensors", "model."),
+        ("model.safetensors", "module.model."),
+        ("model.safetensors", "_orig_mod.model."),
+        ("model.safetensors", "model._fsdp_wrapped_module."),
+        ("pytorch_model.bin", "model."),
+        ("pytorch_model_fsdp.bin", "model."),
+    ],
 )
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin"])
 def test_a_module_around_the_model_is_taken_off(base, tmp_path, prefix, file):
-    if file != "model.safetensors" and prefix != "model.":
-        pytest.skip("once for each kind of file is enough")
     expected = trained(base)
     state = {prefix + name: tensor for name, tensor in expected.items()}
     (tmp_path / "ck").mkdir()
@@ -147,7 +154,11 @@ def test_a_plain_trainer_checkpoint(base, tmp_path):
         model.model.aligner.fc1.weight.add_(1)
     model.save_pretrained(tmp_path / "ck")  # as `Trainer` does: no processor
     (tmp_path / "ck/README.md").write_text("a card")
-    export(tmp_path / "ck", tmp_path / "out", base=str(base))
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/other_layout").mkdir()  # as `minimal-aia convert` leaves it: the way back stays open
+    (tmp_path / "base/other_layout/conversion.json").write_text("{}")
+    export(tmp_path / "ck", tmp_path / "out", base=str(tmp_path / "base"))
+    assert (tmp_path / "out/other_layout/conversion.json").read_text() == "{}"
     check(tmp_path / "out", model.state_dict(), base)
     assert "lm_head.weight" not in load_tensors(tmp_path / "out")  # tied: written once
     assert (tmp_path / "out/README.md").read_text() == "a card"
@@ -192,6 +203,26 @@ def test_a_peft_adapter_is_merged(base, tmp_path):
     merged = load_adapter(tmp_path / "out", device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_in_a_sharded_runs_names_is_merged_by_its_recipe(base, tmp_path):
+    """A sharded LoRA run has the base's weights too, under the names that peft gives them."""
+    pytest.importorskip("peft")
+    trainee = module("janus", None, lora_rank=2, lora_alpha=6.0)
+    for name, parameter in trainee.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    trainee.export(tmp_path / "expected")
+    (tmp_path / "ck").mkdir()
+    torch.save(trainee.state_dict(), tmp_path / "ck/pytorch_model_fsdp.bin")
+    with pytest.raises(ValueError, match="no recipe that says how they were scaled"):
+        export(tmp_path / "ck", tmp_path / "out", base=str(base))
+    ck.seal(tmp_path / "ck", config=asdict(trainee.recipe))
+    export(tmp_path / "ck", tmp_path / "out")
+    found, expected = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected")
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+    check(tmp_path / "out", load_adapter(tmp_path / "expected", device="cpu").model.state_dict(), base)
 
 
 def test_weights_of_another_model_are_listed_and_nothing_is_written(base, tmp_path, capsys):
