@@ -156,7 +156,7 @@ def read_dpg(path: Path) -> Found:
 
 
 def read_lmms(path: Path) -> Found:
-    """Every number of every task; the group is the task's filter where it has one."""
+    """Every number of every task; the group is "overall", or the name of the task's filter of answers."""
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
@@ -174,7 +174,7 @@ def read_lmms(path: Path) -> Found:
             metric, _, kind = key.partition(",")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and kind and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
-                rows.append((task, metric, "" if kind == "none" else kind, float(value), items))
+                rows.append((task, metric, "overall" if kind == "none" else kind, float(value), items))
     if not rows:
         raise ScoreError(f"{path}:1: 'results' holds no number")
     said = {"model": content.get("model_name") or "", "version": content.get("harness_version") or ""}

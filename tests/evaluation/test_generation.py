@@ -279,7 +279,7 @@ def test_a_grid_reads_from_left_to_right_and_down():
 
 
 def test_the_command_draws_and_says_how_to_score(dpg, geneval, tmp_path, capsys):
-    command = ["evaluate", "generation", "--model", "lab/generation", "--device", "cpu"]
+    command = ["evaluate", "generation", "--model", "lab/generation", "--device", "cpu", "--dtype", "float32"]
     out = tmp_path / "images"
     assert main([*command, "--prompts", str(dpg), "--out", str(out), "--limit", "1"]) == 0
     said = capsys.readouterr().out

@@ -139,8 +139,8 @@ def test_lmms_gives_every_number_with_its_items(tmp_path):
     table = import_scores(path)
     rows = [tuple(None if v is pd.NA else v for v in row) for row in table.itertuples(index=False)]
     assert rows == [
-        ("lab/unified", "pope", "pope_accuracy", "", 0.875, 8, "lmms", "0.7.3"),
-        ("lab/unified", "pope", "pope_yes_ratio", "", 0.5, 8, "lmms", "0.7.3"),
+        ("lab/unified", "pope", "pope_accuracy", "overall", 0.875, 8, "lmms", "0.7.3"),
+        ("lab/unified", "pope", "pope_yes_ratio", "overall", 0.5, 8, "lmms", "0.7.3"),
         ("lab/unified", "lab", "right", "strict", 1.0, None, "lmms", "0.7.3"),
     ]
     assert set(import_scores(path, model="mine", version="x")["model"]) == {"mine"}
