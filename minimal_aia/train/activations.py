@@ -2,8 +2,8 @@
 
 What is counted is what the modules of transformers 5 save (RMSNorm in float32, SDPA, SwiGLU) and what
 `minimal_aia.capture` adds. Each line below was read off the code and holds to the byte against
-`torch.autograd.graph.saved_tensors_hooks` on the CPU (tests/train/test_activations.py). Widths: h hidden, f
-feed-forward, a and k query and key heads, d head size; c bytes of a computed number, r of the residual stream.
+`torch.autograd.graph.saved_tensors_hooks` on the CPU (tests/train/test_activations.py). Widths: h hidden,
+f feed-forward, a and k query and key heads, d head size; c bytes of a computed number, r of the residual.
 
 Like Korthikanti et al. (arXiv 2205.05198, section 4), but for these layers: no dropout, no stored attention.
 """
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from minimal_aia.train.shapes import Shape
 
-CODE_MARGIN = 8  # columns that `attention_with_intensity` adds to q, k and v
+INDICATOR_COLUMNS = 8  # that `attention_with_intensity` adds to q, k and v
 
 
 @dataclass(frozen=True)
 class Precision:
     """compute: bytes of a number in a matrix product. residual: in the stream between layers.
 
-    bf16 autocast over fp32 weights is (2, 4): every linear map then keeps its own bf16 copy of its input. Weights
-    that are bf16 themselves, or that FSDP2 gathers in bf16, are (2, 2), and plain fp32 is (4, 4).
+    bf16 autocast over fp32 weights is (2, 4): every linear map then keeps its own bf16 copy of its input.
+    Weights that are bf16 themselves, or that FSDP2 gathers in bf16, are (2, 2), and plain fp32 is (4, 4).
     """
 
     compute: int = 4
@@ -37,7 +37,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Rows:
-    """The sequences of one task in a micro-batch: `count` of them, each `length` tokens with `labels` labels."""
+    """Sequences of one task in a micro-batch: `count`, each of `length` tokens with `labels` labels."""
 
     count: int
     length: int
@@ -57,20 +57,23 @@ def layer_bytes(
     shape: Shape, rows: Rows, precision: Precision, lora_rank: int = 0, lora_targets: tuple[str, ...] = ()
 ) -> int:
     """What one decoder layer keeps for backward, plain fused attention."""
-    h, f, a, k, d = shape.hidden, shape.feed_forward, shape.heads, shape.kv_heads, shape.head_dim
+    h, f, out = shape.hidden, shape.feed_forward, shape.heads * shape.head_dim
     c, r = precision.compute, precision.residual
-    widths = {"q_proj": h, "k_proj": h, "v_proj": h, "o_proj": a * d, "gate_proj": h, "up_proj": h, "down_proj": f}
+    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), h)
+    inputs |= {"o_proj": out, "down_proj": f}
     norms = 2 * (4 + 4 * h + r * h)  # 1/rms, the input in fp32, the normalised one
     mlp = c * 3 * f  # gate, its activation, up
+    if shape.attention_dropout and shape.family == "emu3":
+        norms += 2 * h  # its layers also drop out what they add to the residual; a byte each says what
     if lora_rank:
-        # The frozen maps keep nothing. Each adapter keeps its input (a cast copy unless it is float32 already,
-        # when one is shared) and the r numbers between its two halves.
-        cast = precision.compute == 2
-        inputs = [widths[name] for name in lora_targets]
-        if not cast:
-            shared = {("q_proj", "k_proj", "v_proj"): h, ("gate_proj", "up_proj"): h, ("down_proj",): f}
-            inputs = [w for names, w in shared.items() if set(names) & set(lora_targets)]
-        linear = c * (sum(inputs) + lora_rank * len(lora_targets))
+        # The frozen maps keep nothing. Each adapter keeps its input (a cast copy of its own, unless it is
+        # float32 already: then one serves several) and the r numbers between its two halves.
+        if precision.compute == 4:
+            shared = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+            wide = sum(max(inputs[name] for name in names) for names in shared if names & {*lora_targets})
+        else:
+            wide = sum(inputs[name] for name in lora_targets)
+        linear = c * (wide + lora_rank * len(lora_targets))
     elif precision.autocast:
         linear = c * (3 * h + 2 * h + f)  # o_proj shares its input with the attention's own output
     else:
@@ -81,8 +84,8 @@ def layer_bytes(
 def attention_bytes(shape: Shape, rows: Rows, precision: Precision) -> int:
     """A token's share of what fused attention keeps: q, k, v, output, log-sum-exp; with padding a mask.
 
-    A mask is one number a pair of tokens: PyTorch turns transformers' boolean one into numbers in every layer,
-    and grouped key heads are then repeated.
+    A mask is one number a pair of tokens: PyTorch turns transformers' boolean one into numbers in every
+    layer, and grouped key heads are then repeated.
     """
     k = shape.heads if rows.padded else shape.kv_heads
     mask = precision.compute * rows.length if rows.padded else 0
@@ -92,8 +95,8 @@ def attention_bytes(shape: Shape, rows: Rows, precision: Precision) -> int:
 def intensity_bytes(shape: Shape, rows: Rows, precision: Precision) -> int:
     """AIA's own: what a layer that reports its intensity keeps beyond `layer_bytes`.
 
-    Eight more columns in q, k, v and output; the output is kept twice (with them for the attention, without for
-    the map behind it), and the query mask. With attention dropout a second fused call keeps its own output,
+    Eight more columns in q, k, v and output; the output is kept twice (with them for the attention, without
+    for the map behind it), and the query mask. With attention dropout a second fused call keeps its output,
     log-sum-exp and an indicator as wide as a head (and under autocast one more cast copy of q and k).
     """
     a, d = shape.heads, shape.head_dim
@@ -101,7 +104,7 @@ def intensity_bytes(shape: Shape, rows: Rows, precision: Precision) -> int:
     if shape.attention_dropout:
         wide = (2 if precision.autocast else 1) * (a + k) * d
         return rows.tokens * (precision.compute * wide + 4 * a + 1)
-    return rows.tokens * (precision.compute * (CODE_MARGIN * (2 * a + 2 * k) + a * d) + 1)
+    return rows.tokens * (precision.compute * (INDICATOR_COLUMNS * (2 * a + 2 * k) + a * d) + 1)
 
 
 def checkpoint_bytes(shape: Shape, rows: Rows, precision: Precision) -> int:
@@ -125,7 +128,7 @@ def ends_bytes(shape: Shape, rows: Rows, precision: Precision, task: str) -> int
 
 
 def backward_bytes(shape: Shape, rows: Rows, precision: Precision) -> int:
-    """Working space of one layer's backward, beyond what it saved: the MLP's three gradients, less what they free."""
+    """Working space of one layer's backward beyond what it saved: the MLP's gradients, less what is freed."""
     h, f = shape.hidden, shape.feed_forward
     return rows.tokens * (precision.compute * (2 * f + h) + 4 * h)
 
@@ -135,9 +138,9 @@ def logits_bytes(
 ) -> tuple[int, int]:
     """(kept, at the peak) of the cross-entropy over `labels` positions and `vocab` classes, in float32.
 
-    In backward: the kept log-softmax, the gradient of the loss and that of the logits, 4 bytes each; the logits
-    themselves in compute precision. `at_once`: numbers that `label_loss` holds at a time (then nothing is kept:
-    each piece is recomputed). whole: at every position of the sequence at once, as `labels=` of transformers does.
+    In backward: the kept log-softmax, the gradient of the loss and that of the logits, 4 bytes each; the
+    logits themselves in compute precision. at_once: numbers that `label_loss` holds at a time (then nothing
+    is kept: each piece is recomputed). whole: all at once, as `labels=` of transformers does.
     """
     numbers = vocab * labels
     piece = numbers if whole else min(numbers, max(vocab, at_once // vocab * vocab))

@@ -1,12 +1,12 @@
 """The shape of a model, without its weights: widths for the formulas, parameters counted one by one.
 
     shape = read_shape("deepseek-community/Janus-Pro-7B")   # or a folder, a config.json, lab/unified
-    shape.count(shape.trained(config))                      # on the meta device: no memory, no download
+    count(shape.trained(config))                            # on the meta device: no memory, no download
 
 Widths of the built-in models come from these configuration files (read, not measured here):
 
-    Janus-Pro-7B, -1B   huggingface.co/deepseek-ai/Janus-Pro-{7B,1B}/config.json; the fields that it leaves out
-                        are those of transformers' LlamaConfig, JanusVisionConfig and JanusVQVAEConfig, as in
+    Janus-Pro-7B, -1B   huggingface.co/deepseek-ai/Janus-Pro-{7B,1B}/config.json; the fields it leaves out are
+                        those of transformers' LlamaConfig, JanusVisionConfig and JanusVQVAEConfig, as in
                         transformers' own convert_janus_weights_to_hf.py; 1B also from
                         huggingface.co/hf-internal-testing/tiny-processor-janus/config.json
     Emu3-Chat, -Gen     huggingface.co/BAAI/Emu3-Chat/config.json and BAAI/Emu3-Gen; VQ: Emu3VQVAEConfig
@@ -50,7 +50,7 @@ def _janus(hidden: int, feed_forward: int, layers: int, heads: int) -> dict[str,
         },
         "vision_config": {"projection_dim": hidden},
         "vq_config": {"projection_dim": hidden, "image_token_embed_dim": hidden},
-        # transformers 5 ties by default, but the checkpoints bring two different matrices, and then it does not
+        # transformers 5 ties by default, but not when a checkpoint brings two different matrices, as these do
         "tie_word_embeddings": False,
     }
 
@@ -108,7 +108,7 @@ class Shape:
 
     def trained(self, config: TrainConfig) -> list[nn.Parameter]:
         """The weights that a full fine-tuning run trains (LoRA's own are `lora_sizes`)."""
-        from minimal_aia.train.module import freeze
+        from minimal_aia.train.parts import freeze
 
         self.model.requires_grad_(True)
         freeze(self.model, config.freeze, config.shares())
@@ -118,6 +118,14 @@ class Shape:
         """The linear maps of the decoder's layers by name."""
         found = self.decoder_layers[0].named_modules()
         return {name: module for name, module in found if isinstance(module, nn.Linear)}
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        """The weights of a part by its name in `parts.PARTS`."""
+        from minimal_aia.train.parts import PARTS
+
+        inner = getattr(self.model, "model", self.model)
+        modules = [getattr(inner, attribute, None) for attribute in PARTS[name]]
+        return [p for module in modules if module is not None for p in module.parameters()]
 
     def frozen_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
         """(vision encoder, VQ tokenizer), where the model has them."""
@@ -202,7 +210,9 @@ def _config(name: str) -> Any:
         )
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in ("janus", "emu3", "llama"):
-        raise ValueError(f"model {name!r}: model type {kind!r}; a plan is made for janus, emu3 and lab models")
+        raise ValueError(
+            f"model {name!r}: model type {kind!r}; a plan is made for janus, emu3 and lab models"
+        )
     values = {k: v for k, v in values.items() if k != "model_type"}
     config = transformers.CONFIG_MAPPING[kind](**values)
     if _has_own_head(path.parent):
