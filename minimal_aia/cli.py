@@ -20,6 +20,7 @@ from minimal_aia.profile_command import add_profile
 from minimal_aia.train.command import add_train
 from minimal_aia.train.data_commands import add_check_data, add_prepare
 from minimal_aia.train.export_command import add_export
+from minimal_aia.train.plan_command import add_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_doctor,
         add_profile,
+        add_plan,
         add_train,
         add_convert,
         add_export,
