@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from minimal_aia.models.base import AdapterError
+from minimal_aia.models.base import AdapterError, waits_for_weights
 
 GIB = 2**30
 # `model_type` of checkpoints in their authors' own layout, and where the Hugging Face layout of the same
@@ -200,7 +200,7 @@ def load_model(
             f"{name}: {len(missing)} of the model's weights are not in the folder, first {missing[0]}; "
             "download it again, or it is another model than its config says"
         )
-    if device_map is None:
+    if device_map is None and not waits_for_weights(model):
         model.to(device)
     return model.eval()
 

@@ -46,6 +46,7 @@ class SFTModule(nn.Module):
         self.adapter, self.recipe, self.targets = adapter, config, targets
         self.model = adapter.model
         self.config = deepcopy(self.model.config)  # Trainer and DeepSpeed read it, and write to it
+        self._no_split_modules = self.model._no_split_modules  # what accelerate shards one by one
         self.layers = layer_subset(config.aia_layers, len(adapter.layers()))
         if config.spans not in adapter.definitions:
             raise ValueError(f"spans {config.spans}: {config.model} knows {', '.join(adapter.definitions)}")
@@ -62,6 +63,10 @@ class SFTModule(nn.Module):
         for part in self._frozen:  # dropout and batch statistics of frozen parts stay off
             part.eval()
         return self
+
+    def tie_weights(self) -> None:
+        """For accelerate: sharding makes two weights of one that embedding and head share."""
+        self.model.tie_weights()
 
     def forward(
         self,
