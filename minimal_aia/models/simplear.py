@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from minimal_aia.models.text import require_offsets, special_inside, token_mask
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
     from minimal_aia.models.registry import Family
+    from minimal_aia.pictures import Picture
 
 
 class SimpleARAdapter(Adapter):
@@ -51,7 +51,7 @@ class SimpleARAdapter(Adapter):
         n_codes: int = 1024,
         guidance: float | None = 6.0,
         seed: int = 0,
-        image_codes: Callable[[Path], Sequence[int]] | None = None,
+        image_codes: Callable[[Picture], Sequence[int]] | None = None,
     ) -> None:
         super().__init__(name, model)
         require_offsets(tokenizer, name)
