@@ -16,14 +16,20 @@ drawing through the understanding expert, except in one sequence, where the gene
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from minimal_aia.evaluation.answers import answer_to, blind, unbound
 from minimal_aia.evaluation.lab_benchmark import Row, frame, pictures_of
 from minimal_aia.evaluation.subjects import Subject
-from minimal_aia.lab import images, metrics, scenes
+from minimal_aia.lab import images, metrics, models, scenes
 from minimal_aia.lab.scenes import Question
+from minimal_aia.lab.sequences import FIRST_CODE, Sequences, generation_tokens, pad, understanding_tokens
 
 FORMATS = ("own drawing", "one sequence", "clean picture")
 
@@ -92,3 +98,56 @@ def _guesses(item: int, prompt: str, question: Question, drawn: scenes.Scene) ->
         text = f"{prompt}: {question.text}"
         rows.append(("interleaved", "consistent", name, item, hit, of, text, seen or "", ""))
     return rows
+
+
+# --- teaching the second format -----------------------------------------------------------------------------
+
+
+def one_sequence_batch(count: int, rng: np.random.Generator, codebook: np.ndarray) -> Sequences:
+    """Training scenes as one sequence: prompt, picture, a question, its answer. Labels: codes and answer."""
+    found = scenes.draw_scenes(rng, count)
+    pictures = pictures_of(found)
+    rows = []
+    for scene, codes in zip(found, images.encode(pictures, codebook).tolist(), strict=True):
+        (question,) = scenes.draw_questions(scene, 1, rng)
+        drawn, roles = generation_tokens(scenes.draw_prompt(scene, rng).text, codes)
+        read, more = understanding_tokens([(question.text, question.answer)], codes)
+        start = 3 + len(codes)  # what follows <bos> <boi> codes <eoi>
+        rows.append((drawn + read[start:], roles + more[start:]))
+    return pad(rows, pictures)
+
+
+def teach(
+    model: Any,
+    codebook: np.ndarray,
+    steps: int = 100,
+    size: int = 32,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Fine-tune a lab model, in place, on the one-sequence format; the answers' loss at every step.
+
+    The loss is that of drawing plus that of answering, in the same sequence. The format of answering about a
+    given picture is not rehearsed: what it loses belongs to the result.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    janus = models.is_janus(model)
+    decoder = model.model.language_model if janus else model.model
+    device = next(model.parameters()).device
+    losses = []
+    for step in tqdm(range(steps), desc="teach", disable=not progress):
+        batch = one_sequence_batch(size, np.random.default_rng((seed, 600, step)), codebook).to(device)
+        codes = batch.ids >= FIRST_CODE
+        embeds = models.embed(model, batch, "generation")
+        hidden = decoder(inputs_embeds=embeds, **models.routed(model, codes)).last_hidden_state[:, :-1]
+        drawn, said = codes[:, 1:], (batch.label_mask & ~codes)[:, 1:]
+        head, first = (model.model.generation_head, FIRST_CODE) if janus else (model.lm_head, 0)
+        drawing = cross_entropy(head(hidden[drawn]), batch.ids[:, 1:][drawn] - first)
+        answering = cross_entropy(model.lm_head(hidden[said]), batch.ids[:, 1:][said])
+        (drawing + answering).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(answering.item())
+    return losses

@@ -17,7 +17,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .3rem 0; color: #444; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; font-weight: normal; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; font-weight: normal;
+         white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; font-weight: 600; }
 img { max-width: 100%; height: auto; }
 figure { margin: 1rem 0; } figcaption { color: #444; }

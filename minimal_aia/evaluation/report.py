@@ -88,7 +88,11 @@ def _scores(page: Page, lab: list, frames: dict[str, pd.DataFrame], items: int, 
         lab_benchmark.ground_truth(lab[0][1].codebook, items, seed).assign(model="ceiling"),
     ]
     table = scores.scores(pd.concat([*frames.values(), *around], ignore_index=True).assign(seed=0))
-    page.table(scores.side_by_side(table), "Value with its interval; lower is better for next_token_loss.")
+    wide = scores.side_by_side(table)
+    groups = wide.groupby(["task", "metric"])["group"].transform("nunique")
+    short = wide[(wide["group"] == "all") | (groups == 1) | (wide["metric"] == "consistent")]
+    page.table(short, "In short: means over groups. Lower is better for next_token_loss.")
+    page.table(wide, "Everything.")
 
 
 def _differences(page: Page, frames: dict[str, pd.DataFrame]) -> None:
@@ -194,7 +198,7 @@ def _drawings(page: Page, lab: list[tuple[Run, LabModel]], samples: int, seed: i
             ax.set(
                 xticks=[],
                 yticks=[],
-                title=run.label if row == 0 else "",
+                title=run.label.replace(", ", "\n") if row == 0 else "",
                 xlabel="right" if right else "wrong",
             )
             if column == 0:
@@ -246,7 +250,8 @@ def _training(page: Page, runs: list[Run]) -> None:
         ):
             # One batch is noise: the mean over a twentieth of the run shows where it goes.
             smooth = log["loss"].rolling(max(1, len(log) // 20), min_periods=1).mean()
-            ax.plot(log["step"], smooth, color=colour, linestyle=line, label=label)
+            dot = "o" if len(log) == 1 else ""
+            ax.plot(log["step"], smooth, color=colour, linestyle=line, marker=dot, label=label)
         ax.set(xlabel="step", ylabel="next-token loss (nats)", title=task)
         ax.legend(fontsize=8)
     last = table.groupby(["run", "task"], sort=False)["loss"].apply(

@@ -56,6 +56,8 @@ def differences(
         theirs = after[(after["task"] == task) & (after["metric"] == metric)]
         both: dict[str, np.ndarray] = {}
         for group, one in mine.groupby("group", sort=False):
+            if str(group).startswith("guesser"):
+                continue
             other = theirs[theirs["group"] == group]
             if other.empty:
                 continue
@@ -83,11 +85,15 @@ def differences(
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
-    """For reading: a row a metric and group, a column a model, cells like "0.71 [0.66, 0.75]"."""
-    rows = table.assign(
-        cell=[f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in zip(table["value"], table["low"], table["high"])],
-        column=labels(table),
-    )
+    """For reading: a row a metric and group, a column a model, cells like "0.71 [0.66, 0.75]".
+
+    What only gives scores their meaning (guessers) stands there without interval.
+    """
+    cells = [
+        f"{row.value:.3f}" + ("" if row.model.startswith("guesser") else f" [{row.low:.3f}, {row.high:.3f}]")
+        for row in table.itertuples()
+    ]
+    rows = table.assign(cell=cells, column=labels(table))
     keys = ["task", "metric", "group"]
     order = {key: i for i, key in enumerate(dict.fromkeys(zip(*(table[k] for k in keys))))}
     wide = rows.pivot(index=keys, columns="column", values="cell")[list(dict.fromkeys(rows["column"]))]
