@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BROWSER_STAMP := $(VENV)/.installed-browser
+EVAL_STAMP := $(VENV)/.installed-eval
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 # Two processes of one thread are faster on two cores than one of two; results do not depend on the machine's cores.
@@ -33,7 +34,7 @@ NBVAL = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 \
 # Jupyter refuses to run as root (containers, CI) unless it is told that this is meant.
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab course install doctor bench test lint types unit nbval test-browser clean
+.PHONY: help lab course install doctor bench test lint types unit nbval test-browser test-eval clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +75,9 @@ nbval: $(STAMP)  ## run every notebook; compare the outputs of all but those in 
 test-browser: $(BROWSER_STAMP)  ## drive the explorer in JupyterLab with Chromium (not part of `make test`)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/browser $(ARGS)
 
+test-eval: $(EVAL_STAMP)  ## run our plug-in inside lmms-eval's evaluator (not part of `make test`)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_understanding.py $(ARGS)
+
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
 	find minimal_aia tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
@@ -90,6 +94,11 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+
+# --no-deps: lmms-eval asks for torchvision, which would bring another torch.
+$(EVAL_STAMP): $(STAMP) tests/evaluation/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/evaluation/requirements.txt
+	@touch $(EVAL_STAMP)
 
 $(BROWSER_STAMP): $(STAMP) tests/browser/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt

@@ -33,18 +33,22 @@ DIRECT = [
     for group in (
         PYPROJECT["build-system"]["requires"],
         PROJECT["dependencies"],
-        *(EXTRAS[name] for name in EXTRAS if name != "browser"),
+        *(EXTRAS[name] for name in EXTRAS if name not in ("browser", "eval")),
     )
     for line in group
     if not line.startswith("minimal-aia")
 ]
-# `make test-browser` alone installs these.
-BROWSER_LINES = [
-    line
-    for line in (ROOT / "tests/browser/requirements.txt").read_text().splitlines()
-    if not line.startswith("#")
-]
-BROWSER = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in BROWSER_LINES}
+
+
+def _pins(file: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+
+
+BROWSER = _pins("tests/browser/requirements.txt")  # `make test-browser` alone installs these
+EVAL = _pins(
+    "tests/evaluation/requirements.txt"
+)  # and `make test-eval` these, without what else they ask for
 NOT_WRITTEN = [
     module
     for override in PYPROJECT["tool"]["mypy"]["overrides"]
@@ -121,6 +125,21 @@ def test_browser_pins_add_to_the_lock_what_the_extra_needs():
     assert set(BROWSER) <= reached, "a pin that nobody needs"
 
 
+def test_eval_pins_add_the_extra_to_the_lock_without_torchvision():
+    assert not set(EVAL) & set(LOCK), "pinned twice"
+    for wanted in map(Requirement, EXTRAS["eval"]):
+        assert wanted.specifier.contains(EVAL[canonicalize_name(wanted.name)])
+    assert "torchvision" not in EVAL
+    if find_spec("lmms_eval") is None:
+        pytest.skip("lmms-eval is not installed: what it needs is not known here")
+    assert {name: metadata.version(name) for name in EVAL} == EVAL
+    for name in EVAL:
+        for wanted in _needs(name):
+            pinned = (LOCK | EVAL).get(canonicalize_name(wanted.name))
+            # lmms-eval's own list is why --no-deps is there; all others get what they need.
+            assert (pinned and wanted.specifier.contains(pinned)) or name == "lmms-eval", f"{name}: {wanted}"
+
+
 # --- conda, make, CI ----------------------------------------------------------------------------------------
 
 
@@ -194,6 +213,17 @@ def test_only_make_test_browser_needs_a_browser(tmp_path):
     ):
         done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert re.findall(r"(test_\w+)\.py::test_nothing", done.stdout) == [found], done.stdout
+
+
+def test_only_make_test_eval_needs_lmms_eval():
+    assert "tests/evaluation/requirements.txt" not in make("test", "unit")
+    plan = make("test-eval")
+    assert "--no-deps -r tests/evaluation/requirements.txt" in plan
+    assert "pytest -q tests/evaluation/test_understanding.py" in plan
+    assert re.search(r"^ *make test-eval$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert PROJECT["entry-points"] == {
+        "lmms_eval.models": {"minimal_aia": "minimal_aia.evaluation.understanding:manifest"}
+    }
 
 
 def test_wheel_holds_code_and_py_typed_only(tmp_path):
@@ -289,12 +319,12 @@ def _imported(path: Path) -> set[str]:
 
 def test_every_import_of_the_package_is_declared():
     """A package that is here only because another one needs it may be gone tomorrow."""
-    groups = [PROJECT["dependencies"], EXTRAS["course"], EXTRAS["diffusers"], EXTRAS["train"]]
+    groups = [PROJECT["dependencies"], *(EXTRAS[name] for name in ("course", "diffusers", "train", "eval"))]
     declared = {canonicalize_name(Requirement(line).name) for group in groups for line in group}
     providers = metadata.packages_distributions()
     for path in sorted((ROOT / "minimal_aia").rglob("*.py")):
         for module in _imported(path) - sys.stdlib_module_names - {"minimal_aia"}:
-            names = {canonicalize_name(name) for name in providers.get(module, [])}
+            names = {canonicalize_name(name) for name in providers.get(module, [module])}
             assert names & declared, (
                 f"{path.relative_to(ROOT)} imports {module}: declare it in pyproject.toml"
             )
