@@ -44,7 +44,11 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         description="Score models. `minimal-aia evaluate WHAT --help` says more about each.",
     )
     kinds = group.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=type(group))
-    adders: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (add_lab, add_generation, add_understanding)
+    adders: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (
+        add_lab,
+        add_generation,
+        add_understanding,
+    )
     for add in adders:
         # SUPPRESS: a sub-parser's default would overwrite a --debug that was given before WHAT.
         add(kinds).add_argument(
