@@ -7,11 +7,11 @@
 
 What was read where:
 
-- The AIA authors (repository zhengdian1/AIA): `trainer/utils/checkpoint.py` writes `ckpt/iter_N.pth`, the
-  plain state dict of the whole model in the original names; `trainer/trainer_t2i.py` reads it back from the
-  top level, or from under `ema` or `module`; `generation_inference.py` and the evaluations load it strictly
-  into DeepSeek's class with the configuration of Janus-Pro-7B. Their copies of the model files have
-  DeepSeek's module names.
+- The AIA authors (repository zhengdian1/AIA; weights, by their README, at zhengli1013/AIA on the hub, whose
+  list of files we have not seen): `trainer/utils/checkpoint.py` writes `ckpt/iter_N.pth`, the plain state
+  dict of the whole model in the original names; `trainer/trainer_t2i.py` reads it back from the top level, or
+  from under `ema` or `module`; `generation_inference.py` and the evaluations load it strictly into DeepSeek's
+  class with the configuration of Janus-Pro-7B. Their copies of the model files have DeepSeek's module names.
 - DeepSeek (repository deepseek-ai/Janus, `janus/models/`): module names, shapes and sizes; see `convert_keys`
   and `convert_config`.
 - transformers' history has a converter of its own (`models/janus/convert_janus_weights_to_hf.py`, no longer
