@@ -15,12 +15,14 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     same = (
         "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
         "dataloader_num_workers", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
-        "max_grad_norm", "warmup_steps", "lr_scheduler_type", "bf16", "use_cpu", "full_determinism",
+        "max_grad_norm", "warmup_steps", "lr_scheduler_type", "bf16", "full_determinism",
         "save_total_limit", "logging_steps",
     )  # fmt: skip
     cpu = config.use_cpu or not torch.cuda.is_available()
     arguments = TrainingArguments(
         **{name: getattr(config, name) for name in same},
+        # Unless it is told, accelerate takes each of several processes without a GPU for the only one.
+        use_cpu=config.use_cpu or not torch.accelerator.is_available(),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         report_to=loggers(config.report_to),

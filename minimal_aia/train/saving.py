@@ -44,7 +44,7 @@ class SafeTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_sharded(self)
+        check_launched(self)
         self.stop = StopAtStepBoundary(self.accelerator)
         self.add_callback(self.stop)
 
@@ -251,24 +251,37 @@ def check_same_files(checkpoint: Path, trainer: Any) -> None:
             )
 
 
-def check_sharded(trainer: Any) -> None:
-    """ValueError if FSDP or DeepSpeed was asked for and accelerate has quietly made something else of it."""
+def check_launched(trainer: Any) -> None:
+    """ValueError if accelerate has quietly made something else of what the launcher asked for."""
+    kind = trainer.accelerator.distributed_type.value
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if trainer.args.world_size != world:
+        raise ValueError(
+            f"{world} processes came up, but accelerate ({kind}) counts {trainer.args.world_size}: each would"
+            " train alone, into the same output_dir. Set use_cpu, or start one process"
+        )
     asked = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
     for name, enabled in asked.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") and not enabled:
             raise ValueError(
-                f"{name} was asked for, but accelerate runs {trainer.accelerator.distributed_type.value}: it"
-                " shards on GPUs and the like only. On CPUs use DDP: torchrun, or a configuration without it"
+                f"{name} was asked for, but accelerate runs {kind}: it shards on GPUs and the like only. On"
+                " CPUs use DDP: torchrun, or a configuration without it"
             )
 
 
 def check_layout(checkpoint: Path, trainer: Any) -> None:
     """ValueError if a checkpoint's files are not of the kind that this trainer reads."""
-    was, now = ck.read_manifest(checkpoint)["layout"], layout(trainer)
+    manifest = ck.read_manifest(checkpoint)
+    was, now = manifest["layout"], layout(trainer)
     if was != now:
         raise ValueError(
             f"resume {checkpoint}: it was written by a {was} run and this is a {now} run; go on with the"
             " former launcher configuration, or export the model and start a new run from it"
+        )
+    if was == "deepspeed" and manifest["world_size"] != trainer.args.world_size:
+        raise ValueError(
+            f"resume {checkpoint}: DeepSpeed goes on with as many processes as wrote it,"
+            f" {manifest['world_size']}, not {trainer.args.world_size}; FSDP2 can change their number"
         )
 
 
