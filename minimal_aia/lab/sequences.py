@@ -40,6 +40,16 @@ class Sequences:
     def to(self, device: torch.device | str) -> Sequences:
         return Sequences(**{name: value.to(device) for name, value in vars(self).items()})
 
+    def rows(self, start: int, stop: int) -> Sequences:
+        """Some of the sequences, without the padding that only the others need."""
+        length = int(self.attention_mask[start:stop].sum(-1).max())
+        return Sequences(
+            **{
+                name: value[start:stop] if name == "pixels" else value[start:stop, :length]
+                for name, value in vars(self).items()
+            }
+        )
+
 
 def word_ids(text: str) -> list[int]:
     return [WORD_ID.get(word, UNK) for word in text.split()]

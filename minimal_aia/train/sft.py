@@ -12,14 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimal_aia.train.config import TrainConfig
+from minimal_aia.train.config import TrainConfig, task_counts
 from minimal_aia.train.recipe import check, to_yaml
 
 LOOKED_AT = 200  # samples a task that a dry run looks at
 
 
 class LabBatches:
-    """Endless fresh lab scenes as a dataset: item g is micro-batch g of the run, {task: Batch}."""
+    """Endless fresh lab scenes as a dataset: item g is micro-batch g of the run, {task: Batch}.
+
+    A step's scenes depend on the step and its number of samples alone; micro-batches and processes take
+    slices of them. So two processes with eight samples each see what one with sixteen sees.
+    """
 
     def __init__(self, config: TrainConfig, codebook: Any, world_size: int = 1) -> None:
         self.config, self.codebook = config, codebook
@@ -29,20 +33,28 @@ class LabBatches:
         return self.config.max_steps * self.per_step
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        from dataclasses import replace
+
         from minimal_aia.lab.finetune import step_batches
         from minimal_aia.models.lab import as_batch
 
-        return {
-            task: as_batch(rows, task, [f"lab:{task}:{number}:{i}" for i in range(len(rows.ids))])
-            for task, rows in step_batches(self.config, number, self.codebook).items()
-        }
+        step, part = divmod(number, self.per_step)
+        size = self.config.per_device_train_batch_size * self.per_step
+        whole = step_batches(replace(self.config, per_device_train_batch_size=size), step, self.codebook)
+        earlier = [task_counts(self.config, number - part + i) for i in range(part)]
+        found = {}
+        for task, count in task_counts(self.config, number).items():
+            start = sum(counts.get(task, 0) for counts in earlier)
+            rows = whole[task].rows(start, start + count)
+            found[task] = as_batch(rows, task, [f"lab:{task}:{number}:{i}" for i in range(count)])
+        return found
 
 
 def build(config: TrainConfig) -> Any:
     """The trainer of a run: data, model, targets. Everything is checked before training starts."""
     import torch
 
-    from minimal_aia.models import load_adapter
+    from minimal_aia.models.registry import is_lab, load_adapter
     from minimal_aia.train.arguments import training_arguments
     from minimal_aia.train.module import SFTModule, resolve_targets
     from minimal_aia.train.trainer import AIATrainer
@@ -51,14 +63,26 @@ def build(config: TrainConfig) -> Any:
     check_processes(config)
     arguments = training_arguments(config)  # joins the other processes; must come before the model is loaded
     dataset = open_dataset(config)
-    adapter = load_adapter(config.model, device="cpu", dtype=getattr(torch, config.dtype))
+    waits = waits_for_weights() and not is_lab(config.model)
+    device = "meta" if waits else "cpu"
+    adapter = load_adapter(config.model, device=device, dtype=getattr(torch, config.dtype))
     adapter.ends_turns = True
-    if codes := getattr(dataset, "codes", None):
+    if (codes := getattr(dataset, "codes", None)) and not waits:
         codes.check_model(adapter)
     if missing := [task for task in config.shares() if task not in adapter.tasks]:
         raise ValueError(f"task_ratio {config.task_ratio}: {config.model} does not do {missing[0]}")
     targets = resolve_targets(config, len(adapter.layers()))
     return AIATrainer(SFTModule(adapter, config, targets), config, dataset, args=arguments)
+
+
+def waits_for_weights() -> bool:
+    """Whether this process gets its weights from its machine's first one, once the model is sharded.
+
+    Under FSDP with `fsdp_cpu_ram_efficient_loading`; else eight processes read 28 GB each.
+    """
+    from transformers.integrations import is_fsdp_enabled
+
+    return is_fsdp_enabled() and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def open_dataset(config: TrainConfig) -> Any:
@@ -135,29 +159,30 @@ def finish(trainer: Any, config: TrainConfig) -> None:
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Print the recipe, a look at the data and the first batch, without weights in memory.
+    """Print the recipe, the plan, a look at the data and the first batch, without weights in memory.
 
     Under a launcher the first process speaks for all of them.
     """
     from minimal_aia.train.check import check_data
     from minimal_aia.train.module import resolve_targets
+    from minimal_aia.train.plan_report import plan_text
     from minimal_aia.train.preview import preview
 
     check(config)
     check_processes(config)
     if os.environ.get("RANK", "0") != "0":
         return
-    print(to_yaml(config) or "(all defaults)\n")
     adapter = without_weights(config)
     targets = resolve_targets(config, len(adapter.layers()))
     aim = f"targets {targets.name}" if targets else "no targets"
-    print(f"{config.model}: {adapter.family}, {len(adapter.layers())} layers; {aim}\n")
+    print(f"{config.model}: {adapter.family}, {len(adapter.layers())} layers; {aim}")
+    print(f"\nrecipe\n{to_yaml(config) or '(all defaults)'}")
+    print(f"plan (`minimal-aia plan` has other GPUs)\n{plan_text(config)}\n")
     dataset = open_dataset(config)
     if not isinstance(dataset, LabBatches):
-        print("the first samples (`minimal-aia check-data` looks at all of them)\n")
+        print("data, the first samples (`minimal-aia check-data` looks at all of them)\n")
         print(check_data(dataset, quick=True, limit=LOOKED_AT, progress=False).text() + "\n")
-    print(f"first of {len(dataset)} micro-batches")
-    print(preview(adapter, dataset[0], config.spans))
+    print(f"first of {len(dataset)} micro-batches\n{preview(adapter, dataset[0], config.spans)}")
 
 
 def without_weights(config: TrainConfig) -> Any:

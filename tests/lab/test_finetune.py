@@ -13,6 +13,7 @@ from minimal_aia.loss import AIALoss
 from minimal_aia.models.lab import load_lab
 from minimal_aia.targets import TASKS
 from minimal_aia.train.config import TrainConfig, task_counts, weight_at
+from minimal_aia.train.sft import LabBatches
 
 SMALL = {"model": "lab/unified", "per_device_train_batch_size": 4}
 
@@ -123,3 +124,22 @@ def test_targets_by_name_differ_as_their_names_say():
     for wrong in ("paper", "lab-wring"):
         with pytest.raises(ValueError, match="unknown lab targets"):
             references.lab_targets(wrong)
+
+
+@pytest.mark.parametrize("ratio", ["1:1", "2:1", "1:0"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_processes_share_the_scenes_that_one_process_sees(ratio, parts):
+    codebook = load_lab("lab/unified").codebook
+    one = LabBatches(TrainConfig(per_device_train_batch_size=8, task_ratio=ratio), codebook)
+    some = LabBatches(
+        TrainConfig(per_device_train_batch_size=8 // parts, task_ratio=ratio), codebook, world_size=parts
+    )
+    for step in range(3):
+        shares = [some[step * parts + i] for i in range(parts)]
+        for task, whole in one[step].items():
+            rows = [row for share in shares if task in share for row in real_tokens(share[task])]
+            assert rows == real_tokens(whole)
+
+
+def real_tokens(batch):
+    return [r[m.bool()].tolist() for r, m in zip(batch.inputs["ids"], batch.attention_mask, strict=True)]
