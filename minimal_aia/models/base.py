@@ -110,7 +110,7 @@ class Adapter:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
         """Move (and cast) the model; None leaves as it is. Returns the adapter itself."""
-        if device is not None and not waits_for_weights(self.model):
+        if device is not None:
             self.model.to(device)
         if dtype is not None:
             self.model.to(dtype)
@@ -218,15 +218,6 @@ class Adapter:
         reasons = [f"{s.id}: {reason}" for s in samples if (reason := self.why_not(s, task))]
         if reasons:
             raise AdapterError(f"{self.name} cannot use these samples for {task}:\n  " + "\n  ".join(reasons))
-
-
-def waits_for_weights(model: nn.Module) -> bool:
-    """Whether another process has this model's weights and will send them when the model is sharded.
-
-    So `from_pretrained` does it under FSDP with `fsdp_cpu_ram_efficient_loading`, except on each machine's
-    first process: eight processes would otherwise read 28 GB each.
-    """
-    return any(p.is_meta for p in model.parameters())
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:

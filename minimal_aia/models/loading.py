@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from minimal_aia.models.base import AdapterError, waits_for_weights
+from minimal_aia.models.base import AdapterError
 
 GIB = 2**30
 # `model_type` of checkpoints in their authors' own layout, and where the Hugging Face layout of the same
@@ -170,9 +170,13 @@ def load_model(
     """
     device = device or default_device()
     if torch.device(device).type == "meta":
+        from accelerate import init_empty_weights
+
         config = model_class.config_class.from_pretrained(name)
-        with torch.device("meta"):
-            return model_class._from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
+        with init_empty_weights(include_buffers=False):  # (buffers that no file holds are needed by sharding)
+            model = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model.tie_weights()  # each weight became two on its way to meta
+        return model.eval()
     check_memory(name, dtype, None if device_map else torch.device(device), load_in_4bit)
     if load_in_4bit:
         require("bitsandbytes", f"{name} with load_in_4bit=True")
@@ -200,7 +204,7 @@ def load_model(
             f"{name}: {len(missing)} of the model's weights are not in the folder, first {missing[0]}; "
             "download it again, or it is another model than its config says"
         )
-    if device_map is None and not waits_for_weights(model):
+    if device_map is None:
         model.to(device)
     return model.eval()
 
