@@ -24,6 +24,7 @@ from minimal_aia.lab import images, metrics, models, vq
 from minimal_aia.stats import mean_interval
 
 SHIPPED_SEED = 0
+IGNORE = shutil.ignore_patterns("*.csv", "state.*", "training.json")  # of a run, not part of the model
 NOTES = Path(__file__).with_name("model_card.md")
 
 
@@ -95,8 +96,12 @@ def main(argv: list[str] | None = None) -> None:
         if costs[-1]["seed"] == SHIPPED_SEED:
             target = args.out / "checkpoints" / costs[-1]["name"]
             shutil.rmtree(target, ignore_errors=True)
-            ignore = shutil.ignore_patterns("*.csv", "state.*", "training.json")
-            shutil.copytree(folder, target, ignore=ignore)
+            shutil.copytree(folder, target, ignore=IGNORE)
+    early = args.runs / "early" / f"unified-seed{SHIPPED_SEED}"  # where the ablations' fine-tuning starts
+    if (early / "training.json").exists():
+        target = args.out / "checkpoints" / "unified-early"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(early, target, ignore=IGNORE)
     lab = args.out / "lab"
     lab.mkdir(parents=True, exist_ok=True)
     table = pd.concat(scores, ignore_index=True)
