@@ -16,8 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]  # the clone; data_samples/ and notebooks/ lie beside the package
-INSTALL = "make install"
+from minimal_aia.paths import DATA, ROOT, how_to_get
+
+CLONE = (ROOT / "pyproject.toml").is_file()  # otherwise the package was installed from a wheel
+INSTALL = "make install" if CLONE else 'pip install "minimal-aia[course]"'
 MIN_DISK_GB = 2.0  # notebooks, checkpoints and a training run of 04; the environment is there already
 MIN_MEMORY_GB = 4.0  # the largest notebook peaks below this on the CPU
 
@@ -39,7 +41,7 @@ def checks(root: Path = ROOT) -> list[Check]:
         "packages": lambda: packages(root),
         "torch computes": torch_works,
         "GPU": device,
-        "data_samples": lambda: data(root),
+        "data_samples": data,
         "disk": lambda: disk(root),
         "memory": memory,
         "Jupyter": jupyter,
@@ -61,7 +63,8 @@ def report(results: list[Check]) -> str:
         if check.remedy:
             lines.append(f"       -> {check.remedy}")
     failed = sum(check.state == "FAIL" for check in results)
-    lines.append("everything is ready: make lab" if not failed else f"{failed} to repair, from the top down")
+    ready = "everything is ready: make lab" if CLONE else "everything is ready"
+    lines.append(f"{failed} to repair, from the top down" if failed else ready)
     return "\n".join(lines)
 
 
@@ -148,10 +151,9 @@ def device() -> Iterator[Check]:
         yield Check("GPU", "INFO", "none: the course runs on the CPU, 7B models do not")
 
 
-def data(root: Path = ROOT) -> Iterator[Check]:
+def data(folder: Path = DATA) -> Iterator[Check]:
     """Samples can be read, published curves are there, the lab's checkpoints are complete files."""
-    folder = root / "data_samples"
-    remedy = "restore the folder from the repository: git checkout -- data_samples"
+    remedy = how_to_get()
     for name in ("generation.jsonl", "understanding.jsonl"):
         path = folder / name
         try:
@@ -159,9 +161,8 @@ def data(root: Path = ROOT) -> Iterator[Check]:
 
             yield Check(f"data_samples/{name}", "OK", f"{len(read_samples(path))} samples")
         except (OSError, ValueError, ImportError) as error:
-            yield Check(
-                f"data_samples/{name}", "FAIL", str(error).replace(str(root), ".").splitlines()[0], remedy
-            )
+            detail = str(error).replace(str(folder), "data_samples").splitlines()[0]
+            yield Check(f"data_samples/{name}", "FAIL", detail, remedy)
     curves = sorted(folder.glob("published/*.csv"))
     yield Check(
         "data_samples/published",
@@ -170,13 +171,13 @@ def data(root: Path = ROOT) -> Iterator[Check]:
         "" if curves else remedy,
     )
     weights = sorted(folder.glob("checkpoints/**/*.safetensors"))
-    broken = [path.relative_to(root).as_posix() for path in weights if not _complete(path)]
+    broken = [path.relative_to(folder).as_posix() for path in weights if not _complete(path)]
     if weights and not broken:
         size = sum(path.stat().st_size for path in weights) / 1e6
         yield Check("data_samples/checkpoints", "OK", f"{len(weights)} weight files, {size:.1f} MB")
     else:
         detail = f"damaged: {', '.join(broken)}" if broken else "no weight files"
-        yield Check("data_samples/checkpoints", "FAIL", detail, f"{remedy}/checkpoints")
+        yield Check("data_samples/checkpoints", "FAIL", detail, remedy)
 
 
 def _complete(path: Path) -> bool:

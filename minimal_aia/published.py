@@ -7,15 +7,14 @@ figures and the CSV files count from 1.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
 from . import stats
+from .paths import DATA, how_to_get
 from .targets import TASKS
 
-FOLDER = Path(__file__).resolve().parents[1] / "data_samples" / "published"
+FOLDER = DATA / "published"
 
 # name -> (file with one value a layer, file as plotted). The authors drew some curves after stretching them
 # to a common axis; the first file has them brought back to the layers of the model.
@@ -54,7 +53,7 @@ def published(name: str, plotted: bool = False) -> pd.DataFrame:
 
     Raises:
         ValueError: no such figure or table.
-        FileNotFoundError: the package was installed without the repository's data_samples folder.
+        FileNotFoundError: the data_samples folder is not there; the message says how to get it.
     """
     if name not in {**_CURVES, **_TABLES}:
         raise ValueError(f"nothing published as {name!r}; choose from {', '.join([*_CURVES, *_TABLES])}")
@@ -62,7 +61,7 @@ def published(name: str, plotted: bool = False) -> pd.DataFrame:
         raise ValueError(f"plotted=True is for {', '.join(_CURVES)}, not for {name}")
     path = FOLDER / (_CURVES[name][plotted] if name in _CURVES else _TABLES[name])
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; the published curves live in the repository, use a clone")
+        raise FileNotFoundError(f"{path}: no such file; {how_to_get()}")
     frame = pd.read_csv(path)
     if name in _CURVES:
         if "layer" in frame:

@@ -88,7 +88,7 @@ def test_no_gpu_is_no_failure():
 
 
 def test_an_empty_clone_lacks_all_data(tmp_path):
-    found = list(doctor.data(tmp_path))
+    found = list(doctor.data(tmp_path / "data_samples"))
     assert [check.state for check in found] == ["FAIL"] * 4
     assert all(check.remedy for check in found)
     assert not any(str(tmp_path) in check.detail for check in found)
@@ -99,11 +99,11 @@ def test_checkpoints_must_be_whole_files(tmp_path):
     folder.mkdir(parents=True)
     save_file({"w": torch.zeros(64, 64)}, folder / "model.safetensors")
     name = "data_samples/checkpoints"
-    assert one(doctor.data(tmp_path), name).state == "OK"
+    assert one(doctor.data(tmp_path / "data_samples"), name).state == "OK"
     whole = (folder / "model.safetensors").read_bytes()
     for damaged in (whole[:-1], whole[:4], b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"):
         (folder / "model.safetensors").write_bytes(damaged)
-        check = one(doctor.data(tmp_path), name)
+        check = one(doctor.data(tmp_path / "data_samples"), name)
         assert check.state == "FAIL"
         assert "checkpoints/unified/model.safetensors" in check.detail
 

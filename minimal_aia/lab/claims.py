@@ -7,7 +7,6 @@ use the curves of all trained lab models, (c) the shipped models on the samples,
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import pandas as pd
 
 from minimal_aia.lab.references import reference_curve
 from minimal_aia.lab.sweep_report import compare, per_run
+from minimal_aia.paths import DATA
 from minimal_aia.stats import jackknife, mean_interval, pearson
 from minimal_aia.targets import TASKS
 
-DATA = Path(__file__).parents[2] / "data_samples"
 # Differences inside these would not matter: "does not hold", not "cannot tell".
 MARGIN = {"next_token_loss": 0.005, "distance_to_targets": 0.005, "distance": 0.005}
 TENTH = 0.10  # claim (c): a share of the variance below this counts as "does not depend"

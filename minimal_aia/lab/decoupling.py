@@ -8,15 +8,15 @@ held-out layer curves of `data_samples/lab/curves.csv`: all models on the same s
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from minimal_aia.paths import DATA
 from minimal_aia.stats import mean_interval
 from minimal_aia.targets import TASKS
 
-FILE = Path(__file__).parents[2] / "data_samples" / "lab" / "curves.csv"
+FILE = DATA / "lab" / "curves.csv"
 # From all weights shared to none. `janus` and `mot` are decoupled in different places (how a picture is read;
 # which weights a token passes through): neither contains the other, so their order is a convention.
 DEGREES = ("unified", "janus", "mot", "task-specific")

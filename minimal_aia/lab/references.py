@@ -21,10 +21,11 @@ from minimal_aia.capture import capture
 from minimal_aia.lab import models
 from minimal_aia.lab.sequences import QUESTIONS_PER_PICTURE, draw_batch
 from minimal_aia.lab.spans import spans
+from minimal_aia.paths import DATA, how_to_get
 from minimal_aia.profiles import uniform_intensity
 from minimal_aia.targets import TASKS, StageTargets
 
-FILE = Path(__file__).parents[2] / "data_samples" / "lab" / "reference_curves.csv"
+FILE = DATA / "lab" / "reference_curves.csv"
 SEED = 20_000  # scenes of their own: neither training nor evaluation sees them
 DEFINITIONS = ("paper", "predicting", "code")
 STAGES, DELTA = 4, 0.02
@@ -50,7 +51,8 @@ def measure(
 def _table() -> pd.DataFrame:
     if not FILE.is_file():
         raise FileNotFoundError(
-            f"{FILE.name} is missing: `python -m minimal_aia.lab.references` makes it from trained lab models"
+            f"{FILE}: no such file; {how_to_get()} "
+            "(or make it from trained lab models: `python -m minimal_aia.lab.references`)"
         )
     return pd.read_csv(FILE)
 

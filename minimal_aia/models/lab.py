@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers
+from minimal_aia.paths import DATA, how_to_get
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
     from minimal_aia.lab.sequences import Sequences
     from minimal_aia.pictures import Picture
 
-CHECKPOINTS = Path(__file__).parents[2] / "data_samples" / "checkpoints"
+CHECKPOINTS = DATA / "checkpoints"
 NAMES = ("unified", "janus", "mot", "generation", "understanding")
 
 
@@ -143,8 +144,8 @@ def load_lab(name: str, **where: Any) -> LabAdapter:
         raise AdapterError(f"there is no lab model {name!r}: one of {', '.join(NAMES)}, or a training folder")
     if not (folder / "config.json").is_file():
         raise AdapterError(
-            f"the lab model {short!r} is not in {folder.parent.name}/{folder.name}: work from a clone of the "
-            "repository, or make it with `python -m minimal_aia.lab.train` and give its folder"
+            f"{folder}: no lab model there; "
+            + (how_to_get() if short in NAMES else "`python -m minimal_aia.lab.train` makes one")
         )
     model: Any
     model, codebook = models.load(folder)
