@@ -20,6 +20,7 @@ from minimal_aia.models.convert_keys import is_unit, unit
 from minimal_aia.models.draw import own_seed
 from minimal_aia.models.text import Spans, fill, token_mask
 from minimal_aia.pictures import PictureCodes, crop_to_fit
+from minimal_aia.record import shift_left
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
@@ -30,6 +31,7 @@ class JanusAdapter(ChatAdapter):
     """Janus-1.3B, Janus-Pro-1B and -7B in Hugging Face layout (`JanusForConditionalGeneration`)."""
 
     tasks = ("generation", "understanding")
+    definitions = ("paper", "predicting", "code")
     drops_prompts = True
     coded_tasks = ("generation",)  # understanding sees pixels
     # How a target picture becomes square: by grey bars, as the processor does, or by "crop". The released
@@ -187,6 +189,21 @@ class JanusAdapter(ChatAdapter):
         wanted = self.label_mask(batch)[:, 1:]
         head = self.model.model.generation_head  # two layers and an activation; the last one makes the logits
         return head.activation_fn(head.proj_out(hidden[:, :-1][wanted])), head.vision_head, codes.flatten()
+
+    def spans(self, batch: Batch, definition: str = "paper") -> tuple[Tensor, Tensor]:
+        """Also "code": what the training loss of the released code counts (see `minimal_aia.lab.spans`)."""
+        if definition != "code":
+            return super().spans(batch, definition)
+        query, key, real = batch.query_mask, batch.key_mask, batch.attention_mask.bool()
+        if batch.task == "generation":
+            first = query.int().argmax(-1, keepdim=True)
+            before = torch.arange(query.shape[1], device=query.device) < first - 1  # up to begin-of-image
+            dropped = ~key.any(-1, keepdim=True)
+            return query & shift_left(query), before & real & ~dropped
+        marker = shift_left(key) & ~key  # begin-of-image
+        end = self.label_mask(batch)
+        last = end & (end.flip(-1).cumsum(-1).flip(-1) == 1)  # the end of the last turn
+        return query | last, (key | marker) & shift_left(key | marker)
 
     def forward(self, batch: Batch) -> Any:
         if batch.task != "generation":

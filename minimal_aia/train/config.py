@@ -65,7 +65,7 @@ class TrainConfig:
     aia_layers: str = option("all", 'all, or 0-based layers and ranges: "0-3,7"')
     aia_every: int = option(1, "the AIA term in every n-th step only")
     spans: Literal["paper", "predicting", "code"] = option(
-        "paper", "which tokens are queries (code: lab only)"
+        "paper", "which tokens are queries and keys (code: as released; Janus)"
     )
     # optimisation
     learning_rate: float = option(1e-3, "peak of AdamW's learning rate")

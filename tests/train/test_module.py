@@ -174,6 +174,64 @@ def test_layers_and_predicting_positions_can_be_chosen():
     assert logs["generation"]["curve"].shape == (2,)
 
 
+def test_spans_as_the_released_code_counts_them():
+    made = module("janus", spans="code")
+    adapter = made.adapter
+    asked, text = samples("generation")[:2], samples("understanding")[:1]
+    batch = adapter.collate([asked[0], replace(asked[1], dropped=True)], "generation")
+    query, key = adapter.spans(batch, "code")
+    ids = batch.inputs["input_ids"]
+    assert query.sum(1).tolist() == [15, 15]  # of 16: the last image token is left out
+    assert not (query & ~batch.query_mask).any()
+    image_start = adapter.tokenizer.convert_tokens_to_ids(adapter.processor.image_start_token)
+    prompt = ids[0].tolist()[: ids[0].tolist().index(image_start)]
+    assert ids[0][key[0]].tolist() == prompt  # from begin-of-sentence on, with the roles
+    assert prompt[0] == adapter.tokenizer.bos_token_id
+    assert not key[1].any()
+    batch = adapter.collate(text, "understanding")  # two turns
+    query, key = adapter.spans(batch, "code")
+    ids = batch.inputs["input_ids"]
+    assert ids[key].tolist() == [image_start] + 15 * [adapter.image_token_id]
+    added = query & ~batch.query_mask
+    assert ids[added].tolist() == [adapter.tokenizer.eos_token_id]
+    assert int(added.nonzero()[0, 1]) == int(batch.attention_mask.sum()) - 1
+    _, logs = made({"understanding": batch}, dict.fromkeys(TASKS, 1.0))
+    intensity = eager_intensity(made, batch, query, key)
+    torch.testing.assert_close(
+        logs["understanding"]["curve"], intensity.mean(1).detach(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA GPU")
+def test_ligers_fused_loss_is_the_same():
+    pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 1000, bias=False, device="cuda")
+    states = torch.randn(300, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(0, 1000, (300,), device="cuda")
+    found = []
+    for liger in (False, True):
+        loss = label_loss(states, head, labels, liger)
+        found.append((loss, *torch.autograd.grad(loss, [states, head.weight])))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-3, atol=1e-5)
+
+
+def test_autocast_changes_the_loss_by_rounding_only():
+    made = module("janus")
+    batches = {task: batch_of(made, task) for task in TASKS}
+    weights = dict.fromkeys(TASKS, 40.0)
+    want, logs = made(batches, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, rounded = made(batches, weights)
+    assert loss.dtype == torch.float32
+    assert loss != want
+    torch.testing.assert_close(loss, want, rtol=0.02, atol=0)
+    for task in TASKS:  # intensities are reduced in float32: errors far below the targets' tolerance of .05
+        torch.testing.assert_close(rounded[task]["curve"], logs[task]["curve"], rtol=0, atol=0.01)
+    assert all(g.isfinite().all() for g in gradients(made, loss).values())
+
+
 def test_without_a_weight_nothing_is_captured(monkeypatch):
     made = module("janus")
     monkeypatch.setattr(module_file, "capture", None)  # calling it would raise

@@ -188,7 +188,7 @@ def test_faults_are_said_before_training(real, tmp_path, capsys):
         ("janus", {"model": str(tmp_path / "none")}, "no such folder"),
         ("emu3", {"generation_data": str(tmp_path / "none.jsonl")}, "none.jsonl"),
         ("janus", {"aia_layers": "0-7"}, "layers are 0 to 2"),
-        ("janus", {"spans": "code"}, "knows paper, predicting"),
+        ("emu3", {"spans": "code"}, "knows paper, predicting"),
         ("janus", {"generation_data": "lab", "understanding_data": "lab"}, "lab scenes are for lab models"),
         ("janus", {"freeze": "everything"}, "'everything'"),
         ("janus", {"lora_rank": 2, "lora_target_modules": "c_attn"}, "choose all-linear or some of"),

@@ -227,10 +227,12 @@ def test_curves_are_measured_on_the_same_samples_and_written(tmp_path):
 
 def test_a_resumed_run_rewrites_the_curves_behind_its_checkpoint(tmp_path):
     mine = config(tmp_path, max_steps=4, curve_steps=1, save_steps=2)
-    sft.run(mine)
+    seen = sft.run(mine).seen()
     whole = read_curves(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    sft.run(config(tmp_path, max_steps=4, curve_steps=1, save_steps=2, resume="auto"))
+    resumed = sft.run(config(tmp_path, max_steps=4, curve_steps=1, save_steps=2, resume="auto"))
+    assert resumed.seen() == seen  # what the card says of the whole run, not of its last part
+    assert seen["generation"]["samples"] == 8
     again = read_curves(tmp_path)
     assert [(e["step"], e["task"]) for e in again] == [(e["step"], e["task"]) for e in whole]
     for one, two in zip(whole, again, strict=True):
