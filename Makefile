@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BROWSER_STAMP := $(VENV)/.installed-browser
 EVAL_STAMP := $(VENV)/.installed-eval
+DOCS_STAMP := $(VENV)/.installed-docs
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 # Two processes of one thread are faster on two cores than one of two; results do not depend on the machine's cores.
@@ -34,7 +35,7 @@ NBVAL = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 \
 # Jupyter refuses to run as root (containers, CI) unless it is told that this is meant.
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab course install doctor bench test lint types unit nbval test-browser test-eval clean
+.PHONY: help lab course install doctor bench test lint types unit nbval test-browser test-eval docs dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,8 +79,19 @@ test-browser: $(BROWSER_STAMP)  ## drive the explorer in JupyterLab with Chromiu
 test-eval: $(EVAL_STAMP)  ## run our plug-in inside lmms-eval's evaluator (not part of `make test`)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_understanding.py $(ARGS)
 
+docs: $(DOCS_STAMP)  ## build site/: the API, the command line and the notebooks as they are stored; any warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+
+# Built from the last commit: the tree of somebody at work holds more than belongs in a release.
+dist: $(DOCS_STAMP)  ## build wheel and sdist of the last commit in dist/, and use the wheel outside the clone
+	rm -rf dist build/dist
+	mkdir -p build/dist/source
+	git archive HEAD | tar -x -C build/dist/source
+	$(BIN)/python -m build --no-isolation --outdir dist build/dist/source > build/dist/log || { tail build/dist/log; exit 1; }
+	$(BIN)/python tests/check_wheel.py dist
+
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis runs
 	find minimal_aia tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 # torch first and by its exact version: whatever comes later finds it installed and asks for no other build.
@@ -99,6 +111,10 @@ $(STAMP): requirements.lock pyproject.toml
 $(EVAL_STAMP): $(STAMP) tests/evaluation/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/evaluation/requirements.txt
 	@touch $(EVAL_STAMP)
+
+$(DOCS_STAMP): $(STAMP) docs/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $(DOCS_STAMP)
 
 $(BROWSER_STAMP): $(STAMP) tests/browser/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/browser/requirements.txt

@@ -33,7 +33,7 @@ DIRECT = [
     for group in (
         PYPROJECT["build-system"]["requires"],
         PROJECT["dependencies"],
-        *(EXTRAS[name] for name in EXTRAS if name not in ("browser", "eval")),
+        *(EXTRAS[name] for name in EXTRAS if name not in ("browser", "docs", "eval")),
     )
     for line in group
     if not line.startswith("minimal-aia")
@@ -49,6 +49,7 @@ BROWSER = _pins("tests/browser/requirements.txt")  # `make test-browser` alone i
 EVAL = _pins(
     "tests/evaluation/requirements.txt"
 )  # and `make test-eval` these, without what else they ask for
+DOCS = _pins("docs/requirements.txt")  # and `make docs` and `make dist` these
 NOT_WRITTEN = [
     module
     for override in PYPROJECT["tool"]["mypy"]["overrides"]
@@ -140,6 +141,24 @@ def test_eval_pins_add_the_extra_to_the_lock_without_torchvision():
             assert (pinned and wanted.specifier.contains(pinned)) or name == "lmms-eval", f"{name}: {wanted}"
 
 
+def test_docs_pins_add_to_the_lock_what_the_extra_needs():
+    assert not set(DOCS) & set(LOCK), "pinned twice"
+    if find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: what it needs is not known here")
+    assert {name: metadata.version(name) for name in DOCS} == DOCS
+    reached: set[str] = set()
+    queue = [(wanted, "the extra docs") for wanted in map(Requirement, EXTRAS["docs"])]
+    while queue:
+        wanted, by = queue.pop()
+        name, pins = canonicalize_name(wanted.name), LOCK | DOCS
+        assert name in pins, f"{by} needs {wanted}, which is not pinned"
+        assert wanted.specifier.contains(pins[name]), f"{by} needs {wanted}, pinned is {pins[name]}"
+        if name in DOCS and (name not in reached or wanted.extras):
+            queue += [(need, name) for need in _needs(name, frozenset(wanted.extras))]
+        reached.add(name)
+    assert set(DOCS) <= reached, "a pin that nobody needs"
+
+
 # --- conda, make, CI ----------------------------------------------------------------------------------------
 
 
@@ -226,7 +245,17 @@ def test_only_make_test_eval_needs_lmms_eval():
     }
 
 
-def test_wheel_holds_code_and_py_typed_only(tmp_path):
+def test_docs_and_dist_have_an_environment_of_their_own():
+    assert "docs/requirements.txt" not in make("test", "unit")
+    for target, command in (
+        ("docs", "mkdocs build --quiet --strict"),
+        ("dist", "python -m build --no-isolation"),
+    ):
+        plan = make(target)
+        assert plan.index("-r docs/requirements.txt") < plan.index(command)
+
+
+def test_wheel_holds_code_and_its_data_only(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(
         ROOT / "minimal_aia", source / "minimal_aia", ignore=shutil.ignore_patterns("__pycache__")
@@ -253,6 +282,8 @@ def test_wheel_holds_code_and_py_typed_only(tmp_path):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert "minimal_aia/py.typed" in names
     assert "minimal_aia/lab/__init__.py" in names
+    assert "minimal_aia/lab/model_card.md" in names  # minimal_aia.lab.release reads it
+    names.remove("minimal_aia/lab/model_card.md")
     assert all(re.fullmatch(r"minimal_aia/[\w/]+\.(py|typed)", name) for name in names)
 
 
