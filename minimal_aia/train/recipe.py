@@ -17,8 +17,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from minimal_aia.train.config import TrainConfig, layer_subset
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -127,6 +125,8 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def parse_recipe(text: str, name: str = "recipe") -> dict[str, Any]:
     """The keys and values of a recipe's text. ValueError as for `read_recipe`."""
+    import yaml  # here: the command line reads only this module's options, and `doctor` works without packages
+
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -142,7 +142,7 @@ def parse_recipe(text: str, name: str = "recipe") -> dict[str, Any]:
     for node, value in root.value:
         where = f"{name}:{node.start_mark.line + 1}"
         try:
-            key = _key(node)
+            key = _key(node.value)
             if key in values:
                 raise ValueError(f"{key} stands twice")
             if not isinstance(value, yaml.ScalarNode):
@@ -155,8 +155,8 @@ def parse_recipe(text: str, name: str = "recipe") -> dict[str, Any]:
     return values
 
 
-def _key(node: Any) -> str:
-    key = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+def _key(value: object) -> str:
+    key = value if isinstance(value, str) else ""  # the value of a list or a mapping is a list of nodes
     if key not in types():
         raise ValueError(f"unknown key {key!r}{nearest(key)}")
     return key
@@ -170,6 +170,8 @@ def nearest(key: str) -> str:
 
 def to_yaml(config: TrainConfig, everything: bool = False) -> str:
     """A recipe's text: the values that are not the default, or everything."""
+    import yaml
+
     plain, mine = asdict(TrainConfig()), asdict(config)
     kept = {key: value for key, value in mine.items() if everything or value != plain[key]}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
