@@ -49,7 +49,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Links between notebooks lead to their pages; a chapter still to be written keeps its name without a link."""
+    """Links between notebooks lead to their pages; a chapter that is not there loses the link."""
 
     def link(match: re.Match[str]) -> str:
         target = os.path.normpath(os.path.join(os.path.dirname(page.file.src_uri), match["file"]))

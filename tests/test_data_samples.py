@@ -144,6 +144,21 @@ def test_every_other_image_has_a_row_in_the_readme():
             assert cells[2] in ("CC0", "public domain")
 
 
+def test_every_file_has_a_licence_in_the_readme():
+    """One row of the table, by file name or by folder, and no row without a file."""
+    (table,) = re.findall(r"^## Licences\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)
+    rows = [row.strip("|").split(" | ") for row in table.splitlines() if row.startswith("| ")][1:]
+    assert all(len(row) == 3 and all(cell.strip() for cell in row) for row in rows)
+    paths = [path.strip() for row in rows for path in row[0].split(",")]
+    files = [p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*") if p.is_file()]
+    for file in files:
+        if "__pycache__" not in file:
+            found = [path for path in paths if file == path or (path.endswith("/") and file.startswith(path))]
+            assert len(found) == 1, f"{file}: rows {found}"
+    for path in paths:
+        assert any(file.startswith(path) for file in files), f"{path} does not exist"
+
+
 def test_images_are_small():
     files = [p for p in (FOLDER / "images").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 5_000_000

@@ -125,7 +125,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def parse_recipe(text: str, name: str = "recipe") -> dict[str, Any]:
     """The keys and values of a recipe's text. ValueError as for `read_recipe`."""
-    import yaml  # here: the command line reads only this module's options, and `doctor` works without packages
+    import yaml  # here: the command line needs this module's options, and `doctor` must do without packages
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
