@@ -53,7 +53,7 @@ SHARDED = {
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_OFFLOAD_PARAMS": "false",
     },
     "DEEPSPEED": {
@@ -235,7 +235,9 @@ def gradients(root: Path, sharding: str = "") -> dict[str, list[int]]:
         for n in (1, *sizes[sharding]) if sharding in sizes else ():
             folder = root / f"{case} {n}"
             mine = {**options, "gradient_checkpointing": False} if n == 1 else options
-            job = partial(lambda rank, o, f: train(f, 0, max_steps=1, **o), o=mine, f=folder)
+            job = partial(
+                lambda rank, o, f: train(f, 0, max_steps=1, max_grad_norm=100.0, **o), o=mine, f=folder
+            )
             codes[folder.name] = world(n, folder, job, sharding if n > 1 else "")
     return codes
 
