@@ -143,7 +143,7 @@ def _lab(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: in
         inputs["pixel_values"] = seen_by_eye / 127.5 - 1
     new = _greedy(adapter.model, inputs, max_new_tokens, EOS, PAD)
     names = [*WORDS, *(f"<code_{c}>" for c in range(images.N_CODES))]
-    return [" ".join(names[i] for i in row if i not in (EOS, PAD)) for row in new]
+    return [" ".join(names[i] for i in row if i != EOS) for row in new]
 
 
 def _greedy(

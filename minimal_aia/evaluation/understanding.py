@@ -78,14 +78,15 @@ def evaluate_understanding(
     limit: only the first so many questions of each task.
 
     Under `accelerate launch` the processes share the questions; the first one returns the table, others None.
-    Raises ImportError without lmms-eval, ValueError for an unknown task, an odd limit for MME or a judge that
-    cannot be asked.
+    Raises ImportError without lmms-eval; ValueError for an unknown task, an odd limit for MME or a judge that
+    cannot be asked; OSError for data that cannot be had.
     """
     check_tasks(tasks, limit)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     from minimal_aia.evaluation.lmms_plugin import MinimalAIA
+    from minimal_aia.models.loading import first_line
 
     manager = TaskManager("ERROR", include_path=str(include) if include else None, model_name="minimal_aia")
     names = [TASKS.get(task, task) for task in tasks]
@@ -94,17 +95,28 @@ def evaluate_understanding(
             close = difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], 3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"lmms-eval {version('lmms-eval')} has no task {name!r}{hint}")
-    results = simple_evaluate(
-        model=MinimalAIA(adapter=adapter, batch_size=batch_size),
-        tasks=names,
-        limit=limit,
-        batch_size=batch_size,
-        device=str(adapter.device),
-        task_manager=manager,
-        bootstrap_iters=0,  # its standard errors are not of the scores' own kind; ours come from the samples
-        # Some tasks write files of their own; pictures are not needed to score answers.
-        cli_args=argparse.Namespace(output_path=None if out is None else str(out), process_with_media=False),
-    )
+    try:
+        results = simple_evaluate(
+            model=MinimalAIA(adapter=adapter, batch_size=batch_size),
+            tasks=names,
+            limit=limit,
+            batch_size=batch_size,
+            device=str(adapter.device),
+            task_manager=manager,
+            bootstrap_iters=0,  # every answer is kept: intervals can be made from them
+            # Some tasks write files of their own; pictures are not needed to score answers.
+            cli_args=argparse.Namespace(
+                output_path=None if out is None else str(out), process_with_media=False
+            ),
+        )
+    except Exception as error:
+        attempt = getattr(error, "last_attempt", None)  # it tries several times to get a task's data
+        if attempt is None:
+            raise
+        raise OSError(
+            f"the data of {', '.join(names)} could not be loaded ({first_line(attempt.exception())}); it "
+            "comes from the Hugging Face hub: connect, and log in with `hf auth login`"
+        ) from error
     if results is None:
         return None
     # The harness puts the commit of whatever repository it is started in where its version should stand.

@@ -17,8 +17,11 @@ from checkpoints import MAKERS
 
 from minimal_aia.data import Sample
 from minimal_aia.evaluation.drawing import draw, draw_tokens, drawer, image_seed, pick, uniform_numbers
+from minimal_aia.lab import images, models
 from minimal_aia.models import AdapterError, load_adapter
+from minimal_aia.models.base import TASKS
 from minimal_aia.models.draw import draw_tokens as library_draws
+from minimal_aia.models.lab import LabAdapter
 
 torch.set_num_threads(1)
 TEXTS = ["a red circle", "two blue squares on a white wall, the sign says hello"]
@@ -33,6 +36,12 @@ def adapters(tmp_path_factory):
     options = {"emu3": {"image_area": 24 * 24}}
 
     def load(family: str):
+        if (
+            family == "lab/mot" and family not in made
+        ):  # an untrained one: with random weights it draws anything
+            made[family] = LabAdapter(
+                family, models.build("mot").eval(), images.fit_codebook(n_scenes=200), TASKS
+            )
         if family not in made:
             name = family
             if not family.startswith("lab/"):
@@ -150,10 +159,8 @@ def test_emu3_draws_what_the_library_draws(adapters, same_numbers):
     assert set(rows[:, 3].tolist()) == {adapter.model.config.vocabulary_map["<|extra_200|>"]}
 
 
-@pytest.mark.parametrize("name", ["lab/unified", "lab/janus"])
+@pytest.mark.parametrize("name", ["lab/unified", "lab/janus", "lab/mot"])
 def test_lab_models_draw_what_their_own_loop_draws(adapters, same_numbers, name):
-    from minimal_aia.lab import images, models
-
     adapter = adapters(name)
     ours = draw_tokens(drawer(adapter), LAB_TEXTS, SEEDS)
     for text, seed, row in zip(LAB_TEXTS, SEEDS, ours, strict=True):

@@ -16,7 +16,12 @@ from checkpoints import MAKERS
 
 from minimal_aia.data import read_samples
 from minimal_aia.evaluation.respond import respond
+from minimal_aia.evaluation.subjects import LabModel
+from minimal_aia.lab import images, models
+from minimal_aia.lab.sequences import FIRST_CODE
 from minimal_aia.models import AdapterError, load_adapter
+from minimal_aia.models.base import TASKS
+from minimal_aia.models.lab import LabAdapter
 
 torch.set_num_threads(1)
 SAMPLES = Path(__file__).parents[2] / "data_samples" / "understanding.jsonl"
@@ -141,6 +146,22 @@ def test_lab_answers_are_right_where_teacher_forcing_says_so(lab_samples, name):
     assert 0.2 < np.mean(right) < 1
     assert answers[:3] == [respond(adapter, [c], 24)[0] for c in asked[:3]]
     assert respond(adapter, asked[:1], 2)[0] == " ".join(answers[0].split()[:2])
+
+
+@pytest.mark.parametrize("name", ["unified", "janus", "mot"])
+def test_lab_answers_are_those_of_the_labs_own_loop(lab_samples, name):
+    """Left padding and the library's `generate` here; batches of one length and a bare loop there."""
+    model = models.build(name).eval()
+    with torch.no_grad():  # untrained, and kept from answering in image codes
+        model.get_output_embeddings().weight[FIRST_CODE:] *= 0.01
+    adapter = LabAdapter(name, model, images.fit_codebook(n_scenes=200), TASKS)
+    asked = [ask(s.turns[0][0], Image.open(s.images[0])) for s in lab_samples[:12]]
+    pictures = np.stack([np.asarray(Image.open(s.images[0]).convert("RGB")) for s in lab_samples[:12]])
+    loop = LabModel(name, 0, TASKS, model, adapter.codebook)
+    expected = loop.answer(pictures, [s.turns[0][0] for s in lab_samples[:12]])
+    assert len(set(expected)) > 1
+    assert not any("<code" in answer for answer in expected)
+    assert respond(adapter, asked, 24) == expected
 
 
 def test_what_cannot_answer_says_so(adapters, tmp_path):

@@ -272,6 +272,22 @@ def _options(row: dict) -> str:
 
 
 @harness
+def test_data_that_cannot_be_had_is_one_clear_error(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("the hub is far away")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the harness's attempts
+    adapter = load_adapter("lab/understanding", device="cpu")
+    with pytest.raises(
+        OSError, match=r"data of pope could not be loaded \(ConnectionError: the hub is far away"
+    ):
+        evaluate_understanding(adapter, ["pope"])
+
+
+@harness
 def test_every_task_of_the_paper_exists_in_the_harness():
     from lmms_eval.tasks import TaskManager
 
