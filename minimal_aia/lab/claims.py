@@ -6,6 +6,7 @@ use the curves of all trained lab models, (c) the shipped models on the samples,
 
 from __future__ import annotations
 
+import argparse
 from itertools import pairwise
 from typing import Any
 
@@ -164,13 +165,19 @@ def overview(comparisons: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def main() -> None:
-    curves = pd.read_csv(DATA / "lab" / "curves.csv")
-    metrics = pd.read_csv(DATA / "results" / "metrics.csv")
-    parts = [curve_claims(curves), input_claims(lab_profiles()), sweep_claims(metrics)]
-    found = pd.concat(parts, ignore_index=True)
-    found.to_csv(DATA / "results" / "claims.csv", index=False, float_format="%.5f")
-    print(overview(found).to_markdown(index=False))
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minimal_aia.lab.claims", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--table", action="store_true", help="print the stored verdicts, compute nothing")
+    args = parser.parse_args(argv)
+    file = DATA / "results" / "claims.csv"
+    if not args.table:
+        curves = pd.read_csv(DATA / "lab" / "curves.csv")
+        metrics = pd.read_csv(DATA / "results" / "metrics.csv")
+        parts = [curve_claims(curves), input_claims(lab_profiles()), sweep_claims(metrics)]
+        pd.concat(parts, ignore_index=True).to_csv(file, index=False, float_format="%.5f")
+    print(overview(pd.read_csv(file)).to_markdown(index=False))
 
 
 if __name__ == "__main__":
