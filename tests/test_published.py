@@ -93,7 +93,7 @@ def test_unknown_name_and_missing_folder(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="neither 'generation' nor 'understanding'"):
         reference_curve("drawing")
     monkeypatch.setitem(published.__globals__, "FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="fig1_native.csv: no such file; restore the folder"):
+    with pytest.raises(FileNotFoundError, match=r"fig1_native\.csv: no such file; restore the folder"):
         published("fig1")
 
 

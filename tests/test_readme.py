@@ -33,3 +33,27 @@ def test_the_course_table_lists_the_notebooks_in_order():
     found = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
     assert rows == sorted(rows)
     assert set(found) <= set(rows)
+
+
+def block(name: str) -> str:
+    """What stands in README between the marks of a generated table."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {name}: [^>]*-->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL)[1]
+
+
+def test_the_verdicts_are_those_of_the_committed_results():
+    import pandas as pd
+
+    from minimal_aia.lab import claims
+
+    stored = pd.read_csv(claims.DATA / "results" / "claims.csv")
+    assert block("claims") == claims.overview(stored).to_markdown(index=False)
+    again = claims.sweep_claims(pd.read_csv(claims.DATA / "results" / "metrics.csv"))
+    kept = stored[stored["claim"].isin(again["claim"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, kept, check_dtype=False, atol=1e-4)
+
+
+def test_the_cost_table_is_that_of_the_stored_measurements():
+    from minimal_aia import bench_command
+
+    assert block("bench") == bench_command.table()
