@@ -87,7 +87,7 @@ dist: $(DOCS_STAMP)  ## build wheel and sdist of the last commit in dist/, and u
 	rm -rf dist build/dist
 	mkdir -p build/dist/source
 	git archive HEAD | tar -x -C build/dist/source
-	$(BIN)/python -m build --no-isolation --outdir dist build/dist/source > build/dist/log || { tail build/dist/log; exit 1; }
+	$(BIN)/python -m build --no-isolation --outdir dist build/dist/source > build/dist/log 2>&1 || { tail build/dist/log; exit 1; }
 	$(BIN)/python tests/check_wheel.py dist
 
 clean:  ## remove the environment, caches and runs

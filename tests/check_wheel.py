@@ -2,8 +2,8 @@
 
     python tests/check_wheel.py dist
 
-The wheel goes into an empty folder, which comes first on the path of a Python that runs elsewhere; its
-dependencies are those of this environment, so no second torch is downloaded. The data is the unpacked sdist's.
+The wheel goes into an empty folder, which comes first on the path of a Python that runs elsewhere. What it
+depends on is this environment's, so no second torch is downloaded; the data is the unpacked sdist's.
 """
 
 from __future__ import annotations
