@@ -58,6 +58,7 @@ def build(config: TrainConfig) -> Any:
     from minimal_aia.train.arguments import training_arguments
     from minimal_aia.train.module import SFTModule, resolve_targets
     from minimal_aia.train.trainer import AIATrainer
+    from minimal_aia.train.waiting import reserve, waits_for_weights
 
     check(config)
     check_processes(config)
@@ -66,6 +67,7 @@ def build(config: TrainConfig) -> Any:
     waits = waits_for_weights() and not is_lab(config.model)
     device = "meta" if waits else "cpu"
     adapter = load_adapter(config.model, device=device, dtype=getattr(torch, config.dtype))
+    reserve(adapter.model)
     adapter.ends_turns = True
     if (codes := getattr(dataset, "codes", None)) and not waits:
         codes.check_model(adapter)
@@ -73,16 +75,6 @@ def build(config: TrainConfig) -> Any:
         raise ValueError(f"task_ratio {config.task_ratio}: {config.model} does not do {missing[0]}")
     targets = resolve_targets(config, len(adapter.layers()))
     return AIATrainer(SFTModule(adapter, config, targets), config, dataset, args=arguments)
-
-
-def waits_for_weights() -> bool:
-    """Whether this process gets its weights from its machine's first one, once the model is sharded.
-
-    Under FSDP with `fsdp_cpu_ram_efficient_loading`; else eight processes read 28 GB each.
-    """
-    from transformers.integrations import is_fsdp_enabled
-
-    return is_fsdp_enabled() and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def open_dataset(config: TrainConfig) -> Any:

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from minimal_aia.models import registry
 from minimal_aia.train import arguments, sft
 from minimal_aia.train.config import TrainConfig
 
@@ -267,6 +269,26 @@ def resumes(root: Path, sizes: tuple[int, ...] = (2, 1, 4), sharding: str = "") 
     return codes
 
 
+def waiting(root: Path) -> dict[str, list[int]]:
+    """Only the first process has the weights; the other has a model on "meta", as of a large one it would."""
+
+    def job(rank: int, folder: Path) -> int:
+        load = registry.load_adapter
+
+        def without_weights(*args: Any, **options: Any) -> Any:
+            adapter = load(*args, **options)
+            with init_empty_weights(include_buffers=False):
+                adapter.model = type(adapter.model)._from_config(adapter.model.config)
+            adapter.model.tie_weights()
+            return adapter
+
+        registry.load_adapter = without_weights if rank else load
+        return train(folder, 0)
+
+    codes = {"one": world(1, root / "one", lambda rank: train(root / "one", 0))}
+    return codes | {"two": world(2, root / "two", partial(job, folder=root / "two"), "FSDP")}
+
+
 def broken(root: Path) -> dict[str, list[int]]:
     """After the first step a weight becomes nan, in the second process only."""
     trainers: list[Any] = []
@@ -294,6 +316,7 @@ RUNS: dict[str, Callable[[Path], dict[str, list[int]]]] = {
     "unsharded": unsharded,
     "FSDP gradients": partial(gradients, sharding="FSDP"),
     "FSDP resumes": partial(resumes, sharding="FSDP"),
+    "FSDP waiting": waiting,
     "DEEPSPEED gradients": partial(gradients, sharding="DEEPSPEED"),
     "DEEPSPEED resumes": partial(resumes, sizes=(2, 4), sharding="DEEPSPEED"),
 }
