@@ -1,4 +1,4 @@
-"""The checks of notebooks 04 and 05: solutions found another way pass, stubs are not done yet, mistakes are
+"""The checks of notebooks 04 to 07: solutions found another way pass, stubs are not done yet, mistakes are
 named."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom, t, ttest_rel
 
-from minimal_aia.exercises import ch04, ch05
+from minimal_aia.exercises import ch04, ch05, ch06, ch07
 
 
 def counts(step, size, ratio):
@@ -49,9 +49,46 @@ def seeds_needed(std, margin):
     return int(n[t.ppf(0.975, n - 1) * std / np.sqrt(n) <= margin][0])
 
 
+def training_state(trained, frozen, gpus):
+    """Tensor by tensor."""
+    numbers = {"weights": trained + frozen, "gradients": trained, "first": trained, "second": trained}
+    return sum(4 * n for n in numbers.values()) / gpus / 1024**3
+
+
+def matrices(layers, heads, length, batch):
+    return np.prod([layers, heads, length, length, batch], dtype=float) * 16 / 8 / 1024**3
+
+
+def hours(weights, tokens, gpus, peak, mfu):
+    forward = 2 * weights * tokens
+    return (forward + 2 * forward) / (peak * mfu) / gpus / 60 / 60
+
+
+def two_scores(known, options):
+    """By going through all outcomes of the guesses."""
+    from itertools import product
+
+    throws = [all(g == 0 for g in guesses) for guesses in product(range(options), repeat=options)]
+    return known + (1 - known) / options, known + (1 - known) * np.mean(throws)
+
+
+def balance(said, truth):
+    table = np.zeros((2, 2))
+    for s, t_ in zip(said, truth, strict=True):
+        table[s, t_] += 1
+    precision, recall = table[1, 1] / table[1].sum(), table[1, 1] / table[:, 1].sum()
+    return precision, recall, 2 / (1 / precision + 1 / recall), table[1].sum() / table.sum()
+
+
+def standard_error(share, items):
+    return binom(items, share).std() / items
+
+
 ALL = [
     *((ch04, f) for f in (counts, step_loss, paired_interval, name_run)),
     *((ch05, f) for f in (verdict, false_alarms, seeds_needed)),
+    *((ch06, f) for f in (training_state, matrices, hours)),
+    *((ch07, f) for f in (two_scores, balance, standard_error)),
 ]
 names = pytest.mark.parametrize(("chapter", "right"), ALL, ids=[f.__name__ for _, f in ALL])
 
@@ -62,7 +99,8 @@ def said(chapter, name, function, capsys):
 
 
 def test_every_exercise_is_here():
-    assert {f.__name__ for _, f in ALL} == {*ch04.CASES, *ch05.CASES}
+    chapters = (ch04, ch05, ch06, ch07)
+    assert {f.__name__ for _, f in ALL} == {name for chapter in chapters for name in chapter.CASES}
 
 
 @names
@@ -94,6 +132,15 @@ def summed(losses, aia_weight):
     return sum(ntp + aia_weight * aia for ntp, aia, _ in losses.values())
 
 
+def at_full_peak(weights, tokens, gpus, peak, mfu):
+    return hours(weights, tokens, gpus, peak, 1)
+
+
+def swapped(said, truth):
+    precision, recall, f1, yes = balance(said, truth)
+    return recall, precision, f1, yes
+
+
 WRONG = [
     (ch04, "counts", lambda step, size, ratio: round(size * ratio[0] / sum(ratio)), "the error adds up"),
     (ch04, "counts", lambda step, size, ratio: size - counts(step, size, ratio), "understanding samples"),
@@ -103,6 +150,12 @@ WRONG = [
     (ch04, "name_run", lambda distance: "without", "hint"),
     (ch05, "verdict", lambda low, high, margin: verdict(low, high, 0), "hint"),
     (ch05, "false_alarms", lambda n_arms: 1 - 0.95**n_arms, "only one side"),
+    (ch06, "training_state", lambda trained, frozen, gpus: 16 * (trained + frozen) / gpus / 2**30, "moments"),
+    (ch06, "matrices", lambda layers, heads, length, batch: matrices(1, heads, length, batch), "all layers"),
+    (ch06, "hours", at_full_peak, "share of the peak"),
+    (ch07, "two_scores", lambda known, options: (two_scores(known, options)[0],) * 2, "every one"),
+    (ch07, "balance", swapped, "precision is over what was said"),
+    (ch07, "standard_error", lambda share, items: standard_error(share, items) ** 2, "take the root"),
     (ch05, "seeds_needed", lambda std, margin: seeds_needed(std, margin) - 1, "one more"),
 ]  # fmt: skip
 
