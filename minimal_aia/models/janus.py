@@ -140,6 +140,7 @@ class JanusAdapter(ChatAdapter):
                     attention_mask=prompt["attention_mask"],
                     generation_mode="image",
                     do_sample=True,
+                    top_k=0,  # from all codes, as its authors; the library's default is the best 50
                     guidance_scale=5.0,
                     max_length=prompt["input_ids"].shape[1] + self.processor.num_image_tokens,
                 )[0]
