@@ -1,0 +1,29 @@
+"""Under FSDP one process of a machine reads the weights, the others wait: the same run all the same."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from worlds import assert_logs_equal, assert_tensors_equal, codes, run_script, said
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="worlds are forked: not on Windows"),
+]
+
+
+def test_only_the_first_process_reads_the_weights(tmp_path):
+    run_script("waiting_worlds.py", tmp_path)
+    assert codes(tmp_path) == {"one": [0], "waiting": [0, 0]}, said(tmp_path / "waiting", 1)
+    read = [json.loads((tmp_path / "waiting" / f"read-{rank}").read_text()) for rank in range(2)]
+    assert read == [True, False]
+    assert_tensors_equal(
+        tmp_path / "waiting" / "gradients-1.safetensors", tmp_path / "one" / "gradients-0.safetensors"
+    )
+    assert_logs_equal(tmp_path / "waiting", tmp_path / "one")
+    # AdamW makes steps of one size of gradients that are rounding errors: two steps of 5e-4 at the most
+    weights = [tmp_path / name / "run" / "model.safetensors" for name in ("waiting", "one")]
+    assert_tensors_equal(*weights, relative=1e-3)
