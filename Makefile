@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BROWSER_STAMP := $(VENV)/.installed-browser
+ZERO3_STAMP := $(VENV)/.installed-zero3
 EVAL_STAMP := $(VENV)/.installed-eval
 DOCS_STAMP := $(VENV)/.installed-docs
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -35,7 +36,7 @@ NBVAL = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 \
 # Jupyter refuses to run as root (containers, CI) unless it is told that this is meant.
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab course install doctor bench test lint types unit nbval test-browser test-eval docs dist clean
+.PHONY: help lab course install doctor bench test lint types unit nbval test-browser test-eval test-zero3 docs dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +80,9 @@ test-browser: $(BROWSER_STAMP)  ## drive the explorer in JupyterLab with Chromiu
 test-eval: $(EVAL_STAMP)  ## run our plug-in inside lmms-eval's evaluator (not part of `make test`)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/evaluation/test_understanding.py $(ARGS)
 
+test-zero3: $(ZERO3_STAMP)  ## train under DeepSpeed's ZeRO-3 on CPUs (not part of `make test`)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/distributed/test_zero3.py tests/train/test_export.py $(ARGS)
+
 docs: $(DOCS_STAMP)  ## build site/: the API, the command line and the notebooks as they are stored; any warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
 
@@ -111,6 +115,12 @@ $(STAMP): requirements.lock pyproject.toml
 $(EVAL_STAMP): $(STAMP) tests/evaluation/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/evaluation/requirements.txt
 	@touch $(EVAL_STAMP)
+
+# DeepSpeed comes as source. None of its kernels is compiled: on CPUs it needs none.
+$(ZERO3_STAMP): $(STAMP) tests/distributed/requirements.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		-r tests/distributed/requirements.txt
+	@touch $(ZERO3_STAMP)
 
 $(DOCS_STAMP): $(STAMP) docs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r docs/requirements.txt

@@ -245,6 +245,16 @@ def test_only_make_test_eval_needs_lmms_eval():
     }
 
 
+def test_only_make_test_zero3_needs_deepspeed():
+    assert "tests/distributed/requirements.txt" not in make("test", "unit")
+    plan = make("test-zero3")
+    assert re.search(
+        r"--no-deps --no-build-isolation\s.*-r tests/distributed/requirements.txt", plan, re.DOTALL
+    )
+    assert "pytest -q tests/distributed/test_zero3.py" in plan
+    assert re.search(r"^ *make test-zero3$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+
+
 def test_docs_and_dist_have_an_environment_of_their_own():
     assert "docs/requirements.txt" not in make("test", "unit")
     for target, command in (

@@ -151,6 +151,8 @@ def force(sharding: str) -> None:
         if sharding == "DEEPSPEED":
             import deepspeed
 
+            # gloo does it: no compiler is needed for DeepSpeed's own shared memory.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("gloo")
         kind = {"FSDP": DistributedType.MULTI_GPU, "DEEPSPEED": DistributedType.DEEPSPEED}[sharding]
         PartialState._shared_state["distributed_type"] = kind
