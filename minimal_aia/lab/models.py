@@ -9,6 +9,8 @@ understanding   the same Llama, trained on answering only
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,18 @@ def save(model: PreTrainedModel, codebook: np.ndarray, folder: Path) -> None:
     save_file({"codebook": codebook}, folder / "codebook.safetensors")
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers: seventy tensors are read before one is drawn."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load(folder: Path | str) -> tuple[PreTrainedModel, np.ndarray]:
     """A saved lab model in evaluation mode, and its picture codebook."""
     folder = Path(folder)
@@ -241,11 +255,6 @@ def load(folder: Path | str) -> tuple[PreTrainedModel, np.ndarray]:
     kind: Any = AutoModelForCausalLM
     if '"janus"' in (folder / "config.json").read_text():
         kind = JanusForConditionalGeneration
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # seventy tensors are read before a bar is drawn
-    try:
+    with without_bars():
         model = kind.from_pretrained(folder, local_files_only=True)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return model.eval(), load_file(codebook)["codebook"]

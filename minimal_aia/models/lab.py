@@ -94,7 +94,8 @@ class LabAdapter(Adapter):
 
         from minimal_aia.lab import models
 
-        super().save(folder, state_dict, hub_names)
+        with models.without_bars():
+            super().save(folder, state_dict, hub_names)
         models.tokenizer(with_codes=not models.is_janus(self.model)).save_pretrained(folder)
         save_file({"codebook": self.codebook}, Path(folder) / "codebook.safetensors")
 
