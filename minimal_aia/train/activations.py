@@ -53,27 +53,42 @@ class Rows:
         return self.count > 1
 
 
-def layer_bytes(
-    shape: Shape, rows: Rows, precision: Precision, lora_rank: int = 0, lora_targets: tuple[str, ...] = ()
-) -> int:
+@dataclass(frozen=True)
+class Lora:
+    """casts: its weights are float32 and the model's are not, so every adapter casts its input."""
+
+    rank: int
+    targets: tuple[str, ...]
+    casts: bool = False
+    dropout: bool = False
+
+
+SHARE_AN_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def layer_bytes(shape: Shape, rows: Rows, precision: Precision, lora: Lora | None = None) -> int:
     """What one decoder layer keeps for backward, plain fused attention."""
     h, f, out = shape.hidden, shape.feed_forward, shape.heads * shape.head_dim
     c, r = precision.compute, precision.residual
-    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), h)
-    inputs |= {"o_proj": out, "down_proj": f}
-    norms = 2 * (4 + 4 * h + r * h)  # 1/rms, the input in fp32, the normalised one
+    norms = 2 * (4 + 4 * h + r * h)  # 1/rms, the input in fp32, the normalised one (if the norm learns)
     mlp = c * 3 * f  # gate, its activation, up
     if shape.attention_dropout and shape.family == "emu3":
         norms += 2 * h  # its layers also drop out what they add to the residual; a byte each says what
-    if lora_rank:
-        # The frozen maps keep nothing. Each adapter keeps its input (a cast copy of its own, unless it is
-        # float32 already: then one serves several) and the r numbers between its two halves.
-        if precision.compute == 4:
-            shared = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
-            wide = sum(max(inputs[name] for name in names) for names in shared if names & {*lora_targets})
-        else:
-            wide = sum(inputs[name] for name in lora_targets)
-        linear = c * (wide + lora_rank * len(lora_targets))
+    if lora:
+        norms -= 2 * r * h
+        # The frozen maps keep nothing. Adapters keep their input, and the few numbers between their halves.
+        inputs = {"o_proj": out, "down_proj": f}
+        wide = 0
+        for names in SHARE_AN_INPUT:
+            adapted = len(set(names) & set(lora.targets))
+            each = inputs.get(names[0], h)
+            if lora.dropout:  # a cast, a dropped copy (kept) and a byte a number that says what was dropped
+                wide += adapted * each * (c + 1)
+            elif lora.casts:
+                wide += adapted * each * c
+            elif adapted and names != ("o_proj",):  # (attention keeps that one anyway)
+                wide += each * c
+        linear = wide + c * lora.rank * len(lora.targets)
     elif precision.autocast:
         linear = c * (3 * h + 2 * h + f)  # o_proj shares its input with the attention's own output
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+MFU = 0.35  # share of the peak that plans assume, unless told otherwise
 SHARDINGS = ("none", "ddp", "fsdp2", "hsdp", "zero3")
 
 
@@ -51,6 +52,18 @@ def find_gpu(name: str) -> Gpu:
     if not 0 < memory < 10_000:
         raise ValueError(f"gpu {name!r}: choose from {', '.join(GPUS)}, or give its memory, like 24GB")
     return Gpu(f"{memory:g} GB", memory, None)
+
+
+def local_gpu() -> Gpu | None:
+    """The first GPU of this machine, with its peak if it is one of `GPUS`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    name = found.name.lower().replace(" ", "").replace("geforce", "")
+    known = max((key for key in GPUS if key.split("-")[0] in name), key=len, default="")
+    return Gpu(found.name, round(found.total_memory / GIB, 1), GPUS[known].teraflops if known else None)
 
 
 @dataclass(frozen=True)

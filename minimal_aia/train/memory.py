@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from minimal_aia.train import activations
-from minimal_aia.train.activations import Precision, Rows
+from minimal_aia.train.activations import Lora, Precision, Rows
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.label_loss import LOGITS_AT_ONCE
 from minimal_aia.train.layout import Layout
@@ -45,6 +46,18 @@ class Weights:
 
 def count_weights(shape: Shape, config: TrainConfig) -> Weights:
     """Count tensor by tensor. ValueError for unknown parts or linear maps."""
+    what = TrainConfig(
+        freeze=config.freeze,
+        task_ratio=config.task_ratio,
+        lora_rank=config.lora_rank,
+        lora_target_modules=config.lora_target_modules,
+    )
+    return _counted(shape, tuple(vars(what).items()))
+
+
+@lru_cache(maxsize=64)
+def _counted(shape: Shape, settings: tuple[tuple[str, object], ...]) -> Weights:
+    config = TrainConfig(**dict(settings))  # type: ignore[arg-type]
     trained, inside = shape.trained(config), shape.in_layers()
     layers = count(p for layer in shape.decoder_layers for p in layer.parameters())
     targets: tuple[str, ...] = ()
@@ -87,7 +100,8 @@ def precision_of(config: TrainConfig, layout: Layout) -> Precision:
 class Held:
     """Bytes that do not depend on the batch.
 
-    whole: gradients that cannot be sharded yet. copies: of weights, by autocast. step: more in AdamW's step.
+    whole: gradients that cannot be sharded yet. copies: of weights, by autocast; layer_copies: of one layer.
+    step: more in AdamW's step.
     """
 
     weights: int
@@ -97,6 +111,7 @@ class Held:
     gathered: int
     whole: int
     copies: int
+    layer_copies: int
     step: int
 
 
@@ -108,7 +123,8 @@ def held(config: TrainConfig, layout: Layout, weights: Weights, layers: int) -> 
         own = 2 * weights.total  # the fp32 weights count as the optimizer's
         state, gradients, step = (bytes_each * (trained + lora) for bytes_each in (12, 2, 4))
     else:
-        of_trained = 4 if layout.sharded and config.bf16 else width  # accelerate casts trained weights up
+        # accelerate casts trained weights up before it shards them, and so does `add_lora`
+        of_trained = 4 if config.bf16 and (layout.sharded or config.lora_rank) else width
         own = of_trained * trained + 4 * lora + width * weights.frozen
         gradients = of_trained * trained + 4 * lora
         state, step = 2 * gradients, 0
@@ -119,7 +135,14 @@ def held(config: TrainConfig, layout: Layout, weights: Weights, layers: int) -> 
         # all but the layers; the layer at work, the next one, and one more on its way into or out of place
         outside = weights.total - weights.in_layers - lora
         gathered = compute * (outside + 3 * (weights.one_layer + lora // layers))
-    autocast = config.bf16 and config.dtype == "float32" and not layout.sharded
+    copied, copied_layer = 0, 0
+    if config.bf16 and not layout.sharded:  # autocast, over every weight that is float32
+        if config.dtype == "float32":
+            frozen_layers = weights.in_layers - weights.trained_layers
+            copied, copied_layer = weights.matrices + frozen_layers, weights.one_layer
+        elif lora:
+            copied = weights.matrices
+        copied, copied_layer = copied + lora, copied_layer + lora // layers
     return Held(
         weights=own // n,
         optimizer=state // n,
@@ -127,7 +150,8 @@ def held(config: TrainConfig, layout: Layout, weights: Weights, layers: int) -> 
         buckets=gradients if layout.sharding == "ddp" else 0,
         gathered=gathered,
         whole=compute * (weights.trained_layers + lora) if layout.sharded else 0,
-        copies=2 * weights.matrices if autocast else 0,
+        copies=2 * copied,
+        layer_copies=2 * copied_layer,
         step=step // n,
     )
 
@@ -136,7 +160,8 @@ def held(config: TrainConfig, layout: Layout, weights: Weights, layers: int) -> 
 class Kept:
     """Bytes of one task's sequences: kept by the graph, and for a while in backward.
 
-    layer: working space of one layer, with its recomputation. logits_peak: while the loss goes backward.
+    layer: of one layer while it goes backward, beyond what is kept; end: with what it keeps. logits_peak:
+    while the loss goes backward.
     """
 
     activations: int
@@ -144,22 +169,34 @@ class Kept:
     logits: int
     logits_peak: int
     layer: int
+    end: int
     encoder: int
 
 
-def kept(
-    shape: Shape, config: TrainConfig, precision: Precision, weights: Weights, rows: Rows, task: str
-) -> Kept:
-    layer = activations.layer_bytes(shape, rows, precision, config.lora_rank, weights.targets)
+def kept(shape: Shape, config: TrainConfig, layout: Layout, weights: Weights, rows: Rows, task: str) -> Kept:
+    precision = precision_of(config, layout)
+    lora = None
+    if config.lora_rank:  # its weights are float32, unless FSDP2 or ZeRO-3 gathers them in bf16
+        casts = precision.compute == 2 and not layout.sharded
+        lora = Lora(config.lora_rank, weights.targets, casts, config.lora_dropout > 0)
+    layer = activations.layer_bytes(shape, rows, precision, lora)
     own = activations.intensity_bytes(shape, rows, precision) if config.weights()[task] else 0
     ends = activations.ends_bytes(shape, rows, precision, task)
     working = activations.backward_bytes(shape, rows, precision)
     logits, peak = logits_of(shape, config, precision, rows, task)
+    stored, intensity, again = shape.layers * layer, shape.layers * own, 0
     if config.gradient_checkpointing:
         stored = shape.layers * activations.checkpoint_bytes(shape, rows, precision)
-        return Kept(stored + ends, 0, logits, peak, layer + own + working, encoder(shape, config, rows, task))
-    stored = shape.layers * layer
-    return Kept(stored + ends, shape.layers * own, logits, peak, working, encoder(shape, config, rows, task))
+        intensity, again = 0, layer + own
+    return Kept(
+        activations=stored + ends,
+        intensity=intensity,
+        logits=logits,
+        logits_peak=peak,
+        layer=again + working,
+        end=layer + own + working,
+        encoder=encoder(shape, config, rows, task),
+    )
 
 
 def logits_of(
@@ -180,12 +217,11 @@ def logits_of(
 
 def encoder(shape: Shape, config: TrainConfig, rows: Rows, task: str) -> int:
     """The frozen encoder's feature maps while it reads a batch's pictures; its norms work in float32."""
-    _, vq = shape.frozen_parts()
     if shape.family == "janus" and task == "understanding":
         settings = shape.model.config.vision_config
         wide = settings.hidden_size * (2 * settings.mlp_ratio + 5)  # the MLP twice, q, k, v, input, output
         return int(4 * rows.count * shape.image_tokens * wide)
-    if vq is None or config.codes or config.model.startswith("lab/"):
+    if not shape.makes_codes(config, task):
         return 0
     settings = shape.model.config.vq_config
     pixels = shape.image_size**2 * settings.base_channels
@@ -198,12 +234,11 @@ def moments(
     shape: Shape, config: TrainConfig, layout: Layout, weights: Weights, batch: Mapping[str, Rows]
 ) -> dict[str, dict[str, int]]:
     """Bytes by moment and part for one micro-batch in the middle of an optimizer step."""
-    precision, fixed = precision_of(config, layout), held(config, layout, weights, shape.layers)
-    parts = {task: kept(shape, config, precision, weights, rows, task) for task, rows in batch.items()}
+    fixed = held(config, layout, weights, shape.layers)
+    parts = {task: kept(shape, config, layout, weights, rows, task) for task, rows in batch.items()}
     tasks = list(parts.values())
     first, both, accumulates = tasks[0], len(tasks) > 1, config.gradient_accumulation_steps > 1
     fsdp_defers = accumulates and layout.sharding in ("fsdp2", "hsdp")
-    one_layer = 2 * weights.one_layer if fixed.copies else 0
 
     def moment(gradients: int = 0, whole: int = 0, copies: int = 0, **more: int) -> dict[str, int]:
         found = {
@@ -248,14 +283,14 @@ def moments(
         for i, task in enumerate(tasks)
     ]
     forwards = [moment(**left, copies=fixed.copies, **found) for found in turning(tasks)]
-    between = one_layer if config.gradient_checkpointing else fixed.copies
+    between = fixed.layer_copies if config.gradient_checkpointing else fixed.copies
     betweens = [moment(**waiting, copies=between, **found) for found in turning([first])] if both else []
     ends = moment(
         fixed.gradients,
         fixed.whole if both or fsdp_defers else 0,
-        one_layer,
+        fixed.layer_copies,
         gathered=fixed.gathered,
-        working_space=first.layer,
+        working_space=first.end,
     )
     found = {
         "encode": max(encodes, key=total),
@@ -274,7 +309,7 @@ def total(parts: Mapping[str, int]) -> int:
 def compared(shape: Shape, config: TrainConfig, layout: Layout, batch: Mapping[str, Rows]) -> dict[str, int]:
     """What other ways of doing the same would keep, in bytes a GPU, for the same samples."""
     precision = precision_of(config, layout)
-    janus = shape.family == "janus" and not config.model.startswith("lab/")
+    janus = shape.family == "janus" and not shape.is_lab
     matrices, eager, logits = 0, 0, 0
     for task, rows in batch.items():
         length = max(rows.length, AUTHORS[task]) if janus else rows.length

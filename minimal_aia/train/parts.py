@@ -60,7 +60,8 @@ def freeze(model: Any, parts: str, tasks: Collection[str] = TASKS) -> list[nn.Mo
 def add_lora(model: Any, layers: list[nn.Module], config: TrainConfig) -> None:
     """Put LoRA into linear modules of the decoder layers, in place; then only it and whole parts are trained.
 
-    Call it after `freeze`. LoRA's own weights are float32 whatever the model's are.
+    Call it after `freeze`. LoRA's own weights are float32 whatever the model's are, and under `bf16` autocast
+    so are the whole parts: in bfloat16 small updates would be lost.
 
     Raises:
         ValueError: no linear module has one of the names.
@@ -95,6 +96,9 @@ def add_lora(model: Any, layers: list[nn.Module], config: TrainConfig) -> None:
     inject_adapter_in_model(settings, model)  # also freezes everything else
     for p in whole:
         p.requires_grad_(True)
+    for name, p in model.named_parameters():
+        if p.requires_grad and (config.bf16 or ".lora_" in name):
+            p.data = p.data.float()
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

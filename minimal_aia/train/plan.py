@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 
 from minimal_aia.train.activations import Rows
 from minimal_aia.train.config import TrainConfig, task_counts
-from minimal_aia.train.layout import GIB, Gpu, Layout, find_gpu
+from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, find_gpu
 from minimal_aia.train.memory import Weights, compared, count_weights, moments, on_disk, total
 from minimal_aia.train.shapes import Shape, read_shape
 from minimal_aia.train.work import Work, work_of
@@ -51,7 +51,6 @@ from minimal_aia.train.work import Work, work_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MFU = 0.35
 RESERVE = int(1.5 * GIB)
 FRAGMENTATION = 0.05
 
@@ -68,6 +67,10 @@ class Lengths:
     question: int = 64
     answer: int = 256
     template: int = 32
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name, tokens in vars(self).items() if tokens < 0]:
+            raise ValueError(f"{wrong[0]} of {getattr(self, wrong[0])} tokens: a length is not negative")
 
     def rows(self, shape: Shape, config: TrainConfig, task: str, n: int, longest: bool = False) -> Rows:
         """n sequences: typical ones, or as long as the recipe lets them be."""
@@ -217,6 +220,6 @@ def notes(shape: Shape, config: TrainConfig, layout: Layout, exact: bool) -> lis
         found.append(
             f"attention dropout {shape.attention_dropout:g} is on: intensities take a second attention call"
         )
-    if shape.frozen_parts()[1] is not None and not config.codes and not config.model.startswith("lab/"):
+    if any(shape.makes_codes(config, task) for task in config.shares()):
         found.append("image codes are made again in every epoch; `minimal-aia prepare` makes them once")
     return found

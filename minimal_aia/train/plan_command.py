@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from minimal_aia.train.layout import GPUS, SHARDINGS, Layout
+from minimal_aia.train.layout import GPUS, MFU, SHARDINGS, Layout
 from minimal_aia.train.recipe import add_options, types
 
 HELP = """\
@@ -27,6 +27,13 @@ The figures are formulas, held against measured peaks on a CPU (benchmarks/resul
 has confirmed them yet. Their assumptions are in minimal_aia/train/plan.py. Exit code 1: it does not fit."""
 
 
+LENGTHS = {
+    "prompt": "of a generation prompt",
+    "question": "of the questions of a sample, all turns together",
+    "answer": "of its answers",
+}
+
+
 def add_plan(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
     command: argparse.ArgumentParser = commands.add_parser(
@@ -43,13 +50,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     add("--sharding", metavar="HOW", help=f"{', '.join(SHARDINGS)} (default: none, or ddp for several)")
     add("--shard-size", type=int, metavar="N", help="hsdp: GPUs that hold one copy together (default 8)")
     add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a memory such as 24GB (default h100)")
-    add("--mfu", type=float, default=0.35, help="share of the GPU's peak that is reached (default 0.35)")
-    for name, default, what in (
-        ("prompt", 128, "of a generation prompt"),
-        ("question", 64, "of the questions of a sample, all turns together"),
-        ("answer", 256, "of its answers"),
-    ):
-        add(f"--{name}-tokens", type=int, default=default, metavar="N", help=f"{what} (default {default})")
+    add("--mfu", type=float, default=MFU, help=f"share of the GPU's peak that is reached (default {MFU})")
+    for name, what in LENGTHS.items():
+        add(f"--{name}-tokens", dest=name, type=int, metavar="N", help=f"usual length {what}")
     add("--json", action="store_true", help="print everything as JSON: bytes and seconds")
     add("--table", action="store_true", help="print the Markdown table of recipes/README.md (no RECIPE)")
     add_options(command)
@@ -73,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_recipe(args.recipe, {key: value for key, value in vars(args).items() if key in types()})
     layouts = layouts_of(args.accelerate, args.world_size, args.sharding, args.shard_size)
     gpus = [name.strip() for name in args.gpu.split(",")]
-    lengths = Lengths(args.prompt_tokens, args.question_tokens, args.answer_tokens)
-    if min(vars(lengths).values()) < 0:
-        raise ValueError("--prompt-tokens, --question-tokens, --answer-tokens: lengths are not negative")
+    lengths = Lengths(**{name: n for name in LENGTHS if (n := getattr(args, name)) is not None})
     options: dict[str, Any] = {"mfu": args.mfu, "lengths": lengths}
     plans = [plan(config, layout, gpu, **options) for layout in layouts for gpu in gpus]
     if len(plans) > 1:

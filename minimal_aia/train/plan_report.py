@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from minimal_aia.train.config import TrainConfig
-from minimal_aia.train.layout import GIB, Layout, running_layout, with_world
-from minimal_aia.train.plan import FRAGMENTATION, MFU, RESERVE, Lengths, Plan, plan
+from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, local_gpu, running_layout, with_world
+from minimal_aia.train.plan import FRAGMENTATION, RESERVE, Lengths, Plan, plan
 from minimal_aia.train.remedies import Remedy, remedies
 
 MOMENTS = {
@@ -24,14 +24,16 @@ def plan_text(
     config: TrainConfig,
     world_size: int | None = None,
     sharding: str | None = None,
-    gpu: str = "h100",
+    gpu: str | Gpu | None = None,
     mfu: float = MFU,
     lengths: Lengths | None = None,
 ) -> str:
     """The plan of a run, with what to change if it does not fit.
 
     world_size, sharding: by default those of the processes that run now (torchrun, `accelerate launch`).
+    gpu: by default this machine's own, or an H100 if it has none.
     """
+    gpu = gpu or local_gpu() or "h100"
     layout = running_layout()
     if sharding:
         layout = Layout.of(sharding, world_size or layout.world)
@@ -93,7 +95,7 @@ def changed(changes: Sequence[Remedy]) -> str:
     if steps:
         lines = ["what to change, each on top of those before:", *_lines(steps)]
     if others:
-        lines += ["and then one of these:", *_lines(others)]
+        lines += ["and then one of these:" if steps else "what to change, one of these:", *_lines(others)]
     if not changes[-1].plan.fits:
         lines.append("that does not suffice, and no more is known here")
     return "\n".join(lines)
@@ -165,12 +167,13 @@ def _count(number: int) -> str:
 
 
 def short_table(plans: Sequence[Plan]) -> str:
-    """One line a plan."""
-    lines = [
-        f"{'GPUs':40}{'GPU':>10}{'needed GiB':>12}{'spare':>8}{'s a step':>10}{'hours':>10}{'GPU hours':>11}"
-    ]
+    """One line a plan. The micro-batch of a GPU stays the same, so more GPUs mean more samples a step."""
+    names = ("needed GiB", "spare", "s a step", "tokens/s", "hours")
+    lines = [f"{'GPUs':32}{'GPU':>14}" + "".join(f"{name:>12}" for name in names)]
     for p in plans:
-        timed = p.step_seconds is not None and p.hours is not None
-        time = f"{p.step_seconds:10.2f}{p.hours:10,.1f}{p.hours * p.layout.world:11,.0f}" if timed else ""
-        lines.append(f"{p.layout!s:40}{p.gpu.name:>10}{p.needed / GIB:12.1f}{p.margin:8.0%}{time}")
+        line = f"{p.layout!s:32}{p.gpu.name:>14}{p.needed / GIB:12.1f}{p.margin:12.0%}"
+        if p.step_seconds is not None:
+            rate = p.work.tokens * p.layout.world / p.step_seconds
+            line += f"{p.step_seconds:12.2f}{rate:12,.0f}{p.steps * p.step_seconds / 3600:12,.1f}"
+        lines.append(line)
     return "\n".join(lines)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minimal_aia.train.config import TrainConfig
-from minimal_aia.train.layout import GIB, GPUS, Layout, find_gpu
+from minimal_aia.train.layout import GIB, GPUS, Gpu, Layout, find_gpu
 from minimal_aia.train.plan import Plan, plan
 
+Option = tuple[str, TrainConfig, Layout, str | Gpu]  # what to write, and what to plan then
 WORTH = GIB // 10  # a change that saves less is not worth its line
 RANK = 64  # of LoRA, where it is proposed
 
@@ -23,7 +24,7 @@ class Remedy:
     alternative: bool = False
 
 
-def remedies(config: TrainConfig, layout: Layout, gpu: str = "h100", **options: Any) -> list[Remedy]:
+def remedies(config: TrainConfig, layout: Layout, gpu: str | Gpu = "h100", **options: Any) -> list[Remedy]:
     """Changes in the order to try them, until the run fits.
 
     First those that leave the result as it is, each on top of the ones before. If they do not suffice,
@@ -58,33 +59,17 @@ def _harmless(config: TrainConfig, layout: Layout) -> Iterator[tuple[Any, Any, L
     def set_to(**values: Any) -> Any:
         return lambda now: replace(now, **values)
 
-    def halved(now: TrainConfig) -> TrainConfig:
-        return replace(
-            now,
-            per_device_train_batch_size=now.per_device_train_batch_size // 2,
-            gradient_accumulation_steps=now.gradient_accumulation_steps * 2,
-        )
-
     if not config.gradient_checkpointing:
         yield (lambda _: "gradient_checkpointing: true"), set_to(gradient_checkpointing=True), None
     if not config.bf16:
         yield (lambda _: "bf16: true"), set_to(bf16=True), None
     if not config.use_liger:
         yield (lambda _: "use_liger: true (install liger-kernel)"), set_to(use_liger=True), None
-    if not config.codes and not config.model.startswith("lab/"):
+    if not config.codes:
         yield (lambda _: "codes: made once by `minimal-aia prepare`"), set_to(codes="prepared"), None
     size = config.per_device_train_batch_size
     while size % 2 == 0:
-        yield (
-            (
-                lambda now: (
-                    f"per_device_train_batch_size: {now.per_device_train_batch_size},"
-                    f" gradient_accumulation_steps: {now.gradient_accumulation_steps}"
-                )
-            ),
-            halved,
-            None,
-        )
+        yield _batch, _halved, None
         size //= 2
     if layout.sharding == "ddp":
         yield (lambda _: "FSDP2 in place of DDP"), set_to(), Layout.of("fsdp2", layout.world)
@@ -92,17 +77,36 @@ def _harmless(config: TrainConfig, layout: Layout) -> Iterator[tuple[Any, Any, L
         yield (lambda _: "FSDP2 over all GPUs in place of HSDP"), set_to(), Layout.of("fsdp2", layout.world)
 
 
-def _alternatives(
-    config: TrainConfig, layout: Layout, gpu: str
-) -> list[list[tuple[str, TrainConfig, Layout, str]]]:
+def _halved(config: TrainConfig) -> TrainConfig:
+    """The same step from micro-batches of half the size."""
+    return replace(
+        config,
+        per_device_train_batch_size=config.per_device_train_batch_size // 2,
+        gradient_accumulation_steps=config.gradient_accumulation_steps * 2,
+    )
+
+
+def _batch(config: TrainConfig) -> str:
+    return (
+        f"per_device_train_batch_size: {config.per_device_train_batch_size},"
+        f" gradient_accumulation_steps: {config.gradient_accumulation_steps}"
+    )
+
+
+def _alternatives(config: TrainConfig, layout: Layout, gpu: str | Gpu) -> list[list[Option]]:
     """By kind, from the smallest step on: (text, configuration, layout, GPU)."""
-    lora = []
+    lora: list[Option] = []
     if not config.lora_rank and "language" not in config.freeze:
         change = replace(config, lora_rank=RANK, dtype="bfloat16")
         lora = [(f"lora_rank: {RANK}, dtype: bfloat16", change, layout, gpu)]
-    more = [(str(place), config, place, gpu) for place in (layout.grown(times) for times in (2, 4, 8))]
-    here = find_gpu(gpu).memory
-    larger = [
+        while change.per_device_train_batch_size % 2 == 0:
+            change = _halved(change)
+            lora.append((f"{lora[0][0]}, {_batch(change)}", change, layout, gpu))
+    more: list[Option] = [
+        (str(place), config, place, gpu) for place in (layout.grown(times) for times in (2, 4, 8))
+    ]
+    here = (find_gpu(gpu) if isinstance(gpu, str) else gpu).memory
+    larger: list[Option] = [
         (f"{name}, {card.memory:g} GB", config, layout, name)
         for name, card in sorted(GPUS.items(), key=lambda item: item[1].memory)
         if card.memory > here

@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,11 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 151851},
     },
 }
+ARCHITECTURES = {
+    "janus": "JanusForConditionalGeneration",
+    "emu3": "Emu3ForConditionalGeneration",
+    "llama": "LlamaForCausalLM",
+}
 ALIASES = {f"emu3-{kind}{end}": "emu3" for kind in ("chat", "gen", "stage1", "8b") for end in ("", "-hf")}
 
 
@@ -88,6 +93,7 @@ class Shape:
     attention_dropout: float
     image_tokens: int
     image_size: int  # pixels a side of the picture that the VQ tokenizer sees; 0: no pictures
+    is_lab: bool = False  # its pictures come as codes
 
     @cached_property
     def decoder_layers(self) -> list[nn.Module]:
@@ -127,6 +133,12 @@ class Shape:
         modules = [getattr(inner, attribute, None) for attribute in PARTS[name]]
         return [p for module in modules if module is not None for p in module.parameters()]
 
+    def makes_codes(self, config: TrainConfig, task: str) -> bool:
+        """Whether pictures of a task go through the VQ tokenizer while training."""
+        if self.is_lab or config.codes or self.frozen_parts()[1] is None:
+            return False
+        return task == "generation" or self.family == "emu3"
+
     def frozen_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
         """(vision encoder, VQ tokenizer), where the model has them."""
         inner = getattr(self.model, "model", self.model)
@@ -143,22 +155,37 @@ def read_shape(name: str, image_area: int = 0) -> Shape:
     image_area: pixels of a picture for models that take any size (Emu3); 0: the paper's 720 x 720.
     ValueError if nothing is known of it, or its kind is not one that trains here.
     """
-    config = _config(name)
-    model = meta_model(config)
+    from minimal_aia.models.registry import is_lab
+
+    return _shape(name, image_area, *_values(name), is_lab(name))
+
+
+@lru_cache(maxsize=16)
+def _shape(name: str, image_area: int, values: str, own_head: bool, lab: bool) -> Shape:
+    """values: the configuration as JSON. own_head: a language head that is tied to nothing."""
+    import transformers
+
+    settings = json.loads(values)
+    kind = settings.pop("model_type")
+    config = transformers.CONFIG_MAPPING[kind](**settings)
+    if own_head:
+        config.tie_word_embeddings = False
+    model_class = getattr(transformers, (config.architectures or [ARCHITECTURES[kind]])[0])
+    with torch.device("meta"):
+        model = model_class(config).train()
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    family = {"janus": "janus", "emu3": "emu3"}.get(config.model_type, "llama")
-    code_vocab, tokens, size = text.vocab_size, 36, 0
-    if family == "janus":
+    code_vocab, tokens, size = text.vocab_size, 36, 0  # a lab model's picture is 36 tokens
+    if kind == "janus":
         code_vocab, size = config.vq_config.num_embeddings, config.vision_config.image_size
         tokens = (size // config.vision_config.patch_size) ** 2
-    elif family == "emu3":
+    elif kind == "emu3":
         shrink = 2 ** (len(config.vq_config.channel_multiplier) - 1)
         size = math.isqrt(image_area or EMU3_AREA) // shrink * shrink
         tokens = (size // shrink) * (size // shrink + 1)  # a line end closes every row of codes
     return Shape(
         name,
-        family,
+        kind,
         model,
         text.num_hidden_layers,
         text.hidden_size,
@@ -171,22 +198,12 @@ def read_shape(name: str, image_area: int = 0) -> Shape:
         float(text.attention_dropout),
         tokens,
         size,
+        lab,
     )
 
 
-def meta_model(config: Any) -> nn.Module:
-    """The model of a transformers configuration on the meta device: every shape, no memory."""
-    import transformers
-
-    kind = getattr(transformers, (config.architectures or ["?"])[0], None)
-    with torch.device("meta"):
-        model: nn.Module = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
-    return model.train()
-
-
-def _config(name: str) -> Any:
-    import transformers
-
+def _values(name: str) -> tuple[str, bool]:
+    """The configuration of a name as JSON, and whether weights beside it have a head of their own."""
     from minimal_aia.models.lab import CHECKPOINTS
 
     key = name.rstrip("/").rsplit("/", 1)[-1].lower()
@@ -209,17 +226,11 @@ def _config(name: str) -> Any:
             " download its config.json and give that"
         )
     kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind not in ("janus", "emu3", "llama"):
+    if kind not in ARCHITECTURES:
         raise ValueError(
-            f"model {name!r}: model type {kind!r}; a plan is made for janus, emu3 and lab models"
+            f"model {name!r}: model type {kind!r}; plans are made for janus, emu3 and lab models"
         )
-    values = {k: v for k, v in values.items() if k != "model_type"}
-    config = transformers.CONFIG_MAPPING[kind](**values)
-    if _has_own_head(path.parent):
-        config.tie_word_embeddings = False
-    if not config.architectures:
-        config.architectures = [{"janus": "Janus", "emu3": "Emu3"}.get(kind, "") + "ForConditionalGeneration"]
-    return config
+    return json.dumps(values), _has_own_head(path.parent)
 
 
 def _has_own_head(folder: Path) -> bool:

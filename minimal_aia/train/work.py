@@ -61,8 +61,9 @@ def _task(shape: Shape, config: TrainConfig, weights: Weights, rows: Rows, task:
     if config.weights()[task]:
         wider = 1 if shape.attention_dropout else INDICATOR_COLUMNS / shape.head_dim  # 1: a second call
         executed += attention * wider * (FORWARD + BACKWARD_ATTENTION + config.gradient_checkpointing)
-    if config.gradient_checkpointing:
-        executed += linear + attention + lora
+    if config.gradient_checkpointing:  # up to the last map of a layer, whose output nobody needs again
+        last = 2 * rows.tokens * shape.layers * shape.hidden * shape.feed_forward
+        executed += linear - last + attention + lora
     if not config.use_liger and rows.count * rows.labels * vocab > LOGITS_AT_ONCE:
         executed += head  # made in pieces, each again in backward
     return Work(executed, model, rows.tokens)
@@ -73,7 +74,7 @@ def _encoder(shape: Shape, config: TrainConfig, task: str) -> float:
     vision, vq = shape.frozen_parts()
     if shape.family == "janus" and task == "understanding":
         return 2 * shape.image_tokens * count(vision.parameters()) if vision is not None else 0
-    if vq is None or config.codes or config.model.startswith("lab/"):
+    if not shape.makes_codes(config, task):
         return 0
     frames = shape.model.config.vq_config.temporal_downsample_factor if shape.family == "emu3" else 0
     return _counted(vq, shape.image_size, frames)

@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from minimal_aia.capture import capture
 from minimal_aia.train import activations
 from minimal_aia.train.activations import Precision, Rows
+from minimal_aia.train.config import TrainConfig
+from minimal_aia.train.parts import add_lora
 from minimal_aia.train.shapes import read_shape
 
 BATCH, LENGTH = 2, 64
@@ -51,9 +53,13 @@ def shape_of(model: hf.LlamaModel):
 
 
 def kept_bytes(model, precision=FP32, capturing=False, padded=False) -> int:
-    """Bytes of all storages that the forward pass saves for backward, weights and what they share apart."""
+    """What the forward pass keeps in a precision."""
     dtype, autocast = MODES[precision]
-    model.to(dtype)
+    return saved(model.to(dtype), autocast, capturing, padded)
+
+
+def saved(model, autocast=False, capturing=False, padded=False) -> int:
+    """Bytes of all storages that the forward pass saves for backward, weights and what they share apart."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive = []  # a freed storage's address would be given away again
@@ -65,7 +71,7 @@ def kept_bytes(model, precision=FP32, capturing=False, padded=False) -> int:
             alive.append(tensor)
         return tensor
 
-    embeds = model.get_input_embeddings()(torch.randint(0, 64, (BATCH, LENGTH)))
+    embeds = model.get_input_embeddings()(torch.randint(0, 64, (BATCH, LENGTH))).requires_grad_()
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[1, LENGTH - 3 :] = 0 if padded else 1
     query, key = torch.zeros(2, BATCH, LENGTH, dtype=torch.bool)
@@ -134,3 +140,31 @@ def test_eager_attention_keeps_the_matrices(precision):
     assert 0 < alone <= all_kept
     # eager keeps no output and log-sum-exp for the softmax, but one transposed copy of the output
     assert eager - fused == pytest.approx(all_kept / shape.layers, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16, autocast"])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_lora_keeps_what_the_formula_says(dtype, targets, dropout):
+    """Frozen weights in `dtype`, LoRA's own in float32, bf16 ones under autocast."""
+    small = dtype == torch.bfloat16
+    config = TrainConfig(lora_rank=4, lora_target_modules=targets, lora_dropout=dropout)
+    found = []
+    for layers in (2, 3):
+        whole = hf.LlamaForCausalLM(model_of(layers).config).to(dtype).train()
+        add_lora(whole, list(whole.model.layers), config)
+        found.append(saved(whole.model, autocast=small))
+        copies = sum(p.numel() for name, p in whole.model.layers[0].named_parameters() if "lora_" in name)
+    names = [n for group in activations.SHARE_AN_INPUT for n in group]
+    lora = activations.Lora(
+        4, tuple(names if targets == "all-linear" else targets.split(",")), small, dropout > 0
+    )
+    rows, precision = Rows(BATCH, LENGTH, 0), BF16 if small else FP32
+    expected = activations.layer_bytes(small_shape(), rows, precision, lora)
+    expected -= rows.tokens * precision.compute * rows.length  # no padding here
+    expected += 2 * copies if small else 0  # LoRA's own weights, cast
+    if dropout:  # what was dropped is a byte on a GPU, a float32 number on a CPU
+        adapted = [n for n in names if n in lora.targets]
+        inputs = {name: 176 if name == "down_proj" else 64 for name in adapted}
+        expected += 3 * rows.tokens * sum(inputs.values())
+    assert found[1] - found[0] == pytest.approx(expected, rel=0.01)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from real_models import gradients, module, samples
+from real_models import checkpoint, gradients, module, samples
 
 from minimal_aia.models import load_adapter
-from minimal_aia.train.config import TASKS
-from minimal_aia.train.module import TRAINED
+from minimal_aia.train.config import TASKS, TrainConfig
+from minimal_aia.train.module import TRAINED, SFTModule
 from minimal_aia.train.parts import merged
 
 pytest.importorskip("peft")
@@ -102,3 +102,16 @@ def test_a_fresh_lora_changes_nothing_and_a_checkpoint_holds_only_what_is_traine
         assert torch.equal(made.state_dict()[name], value), name
     with pytest.raises(ValueError, match="another model's checkpoint"):
         module("janus", lora_rank=3).load(tmp_path)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_what_lora_trains_is_float32_beside_bfloat16_weights(bf16):
+    adapter = load_adapter(checkpoint("janus"), device="cpu", dtype=torch.bfloat16)
+    config = TrainConfig(dtype="bfloat16", bf16=bf16, targets="none", aia_weight=0, **LORA)
+    made = SFTModule(adapter, config, None)
+    own = {p.dtype for name, p in made.named_parameters() if ".lora_" in name}
+    whole = {p.dtype for name, p in made.named_parameters() if p.requires_grad and ".lora_" not in name}
+    frozen = {p.dtype for p in made.parameters() if not p.requires_grad}
+    assert own == {torch.float32}
+    assert whole == {torch.float32 if bf16 else torch.bfloat16}
+    assert frozen == {torch.bfloat16}
