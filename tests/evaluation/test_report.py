@@ -65,9 +65,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs of one kind: the shipped unified model, and the same with a little noise on its weights, with
-    what
-    a training run leaves beside it."""
+    """The shipped unified model, and the same with a little noise on its weights and what a run leaves."""
     folder = tmp_path_factory.mktemp("runs")
     plain, tuned = folder / "unified-seed0", folder / "aia"
     shutil.copytree(CHECKPOINTS / "unified", plain)
@@ -192,10 +190,10 @@ def test_markdown_has_its_pictures_beside_it(page, tmp_path):
     assert text.startswith("# Runs side by side\n")
 
 
-def test_a_page_is_the_same_when_it_is_made_again(runs, html, tmp_path):
-    path = tmp_path / "again.html"
-    report(runs, items=ITEMS, samples=2).write(path)
-    assert path.read_text(encoding="utf-8") == html
+def test_a_page_is_the_same_when_it_is_made_again():
+    first, again = (report(["lab/generation"], items=1, samples=2).html() for _ in range(2))
+    assert first == again
+    assert "drawn_right" in first
 
 
 def test_over_seeds_the_seed_is_the_unit():
