@@ -24,7 +24,8 @@ Several values, separated by commas, give one line a combination:
   minimal-aia plan recipes/janus_pro_7b.yaml --world-size 8,16,64 --sharding fsdp2,zero3 --gpu h100,h200
 
 The figures are formulas, held against the allocator's count of a real step on a CPU by a test
-(benchmarks/plan_check.py measures more); no GPU has confirmed them yet. Their assumptions are in minimal_aia/train/plan.py. Exit code 1: it does not fit."""
+(benchmarks/plan_check.py measures more); no GPU has confirmed them yet. Their assumptions are in
+minimal_aia/train/plan.py. Exit code 1: it does not fit."""
 
 
 LENGTHS = {
