@@ -10,6 +10,7 @@ from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, local_gpu, running_layout, with_world
 from minimal_aia.train.plan import FRAGMENTATION, RESERVE, Lengths, Plan, plan
 from minimal_aia.train.remedies import Remedy, remedies
+from minimal_aia.train.shapes import UnknownModel
 
 MOMENTS = {
     "encode": "images become codes",
@@ -28,7 +29,7 @@ def plan_text(
     mfu: float = MFU,
     lengths: Lengths | None = None,
 ) -> str:
-    """The plan of a run, with what to change if it does not fit.
+    """The plan of a run, with what to change if it does not fit; or why there is none for this kind of model.
 
     world_size, sharding: by default those of the processes that run now (torchrun, `accelerate launch`).
     gpu: by default this machine's own, or an H100 if it has none.
@@ -40,7 +41,10 @@ def plan_text(
     elif world_size:
         layout = with_world(layout, world_size)
     options: dict[str, Any] = {"mfu": mfu, "lengths": lengths}
-    found = plan(config, layout, gpu, **options)
+    try:
+        found = plan(config, layout, gpu, **options)
+    except UnknownModel as error:
+        return f"none: {error}"
     return text(found, remedies(config, layout, gpu, **options), config.save_total_limit)
 
 

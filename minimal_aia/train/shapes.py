@@ -72,6 +72,10 @@ ARCHITECTURES = {
 ALIASES = {f"emu3-{kind}{end}": "emu3" for kind in ("chat", "gen", "stage1", "8b") for end in ("", "-hf")}
 
 
+class UnknownModel(ValueError):
+    """No shape is known of a model; the message says of which, and where to get it."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the plan asks of a model. `model` lies on the meta device; sizes are numbers, not bytes.
@@ -153,7 +157,7 @@ def read_shape(name: str, image_area: int = 0) -> Shape:
     """The shape of a model given by name, folder or config.json.
 
     image_area: pixels of a picture for models that take any size (Emu3); 0: the paper's 720 x 720.
-    ValueError if nothing is known of it, or its kind is not one that trains here.
+    UnknownModel if nothing is known of it, or of its kind.
     """
     from minimal_aia.models.registry import is_lab
 
@@ -221,13 +225,13 @@ def _values(name: str) -> tuple[str, bool]:
         values = BUILT_IN[key]
     else:
         known = ", ".join(("lab/unified", "lab/janus", *BUILT_IN, *ALIASES))
-        raise ValueError(
+        raise UnknownModel(
             f"model {name!r}: no such folder or config.json here, and none of the built-in shapes ({known});"
             " download its config.json and give that"
         )
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in ARCHITECTURES:
-        raise ValueError(
+        raise UnknownModel(
             f"model {name!r}: model type {kind!r}; plans are made for janus, emu3 and lab models"
         )
     return json.dumps(values), _has_own_head(path.parent)

@@ -360,6 +360,14 @@ def test_the_text_adds_up():
     assert "what to change" in plan_text(SEVEN_B, 1, gpu="rtx4090")
 
 
+def test_a_kind_without_formulas_is_told_and_stops_no_dry_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mot"}))
+    config = TrainConfig(model=str(tmp_path))
+    with pytest.raises(ValueError, match="'mot'"):
+        plan(config)
+    assert plan_text(config).startswith("none: ")
+
+
 def run(*arguments: str) -> int:
     return cli.main(["plan", *arguments])
 
