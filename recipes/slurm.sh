@@ -1,13 +1,13 @@
 #!/bin/bash
 # Slurm: several nodes, eight GPUs each, one launcher a node; saves, ends and queues itself again in time.
 #   sbatch --nodes 8 recipes/slurm.sh recipes/hsdp.yaml recipes/janus_pro_7b.yaml --gradient-accumulation-steps 1
-# First the configuration for `accelerate launch`, then the training recipe, then options that win over it. Run it
-# from the repository's folder, with the environment active. Memory: as the two files say.
+# First the configuration for `accelerate launch`, then the training recipe, then options that win over it.
+# Run it from the repository's folder, with the environment active. Memory: as the two files say.
 #
 # Ten minutes before the time limit, and when Slurm takes the nodes away for another job (SIGTERM), training
 # finishes its step, saves and ends (train/signals.py); the job is then queued again and goes on from that
-# checkpoint. A job that fails by itself is not queued again. A checkpoint must fit into the ten minutes, and into
-# the partition's GraceTime: see the line `disk` of `minimal-aia plan`.
+# checkpoint. A job that fails by itself is not queued again. A checkpoint must fit into the ten minutes, and
+# into the partition's GraceTime: see the line `disk` of `minimal-aia plan`.
 #SBATCH --job-name=minimal-aia
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -38,9 +38,9 @@ if grep -q parallelism_config_dp_replicate_size "$launch"; then # HSDP: a copy a
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
-# The launcher must outlive the warning, or nobody waits for the checkpoint: it ignores USR1, and so would what it
-# starts, but training sets its own handler. SIGTERM is turned into USR1: torchrun would pass it on and kill 30
-# seconds later whoever is still saving.
+# The launcher must outlive the warning, or nobody waits for the checkpoint: it ignores USR1, and so would
+# what it starts, but training sets its own handler. SIGTERM is turned into USR1: torchrun would pass it on
+# and kill 30 seconds later whoever is still saving.
 warned=0
 warn() {
     warned=1

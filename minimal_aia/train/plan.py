@@ -44,8 +44,9 @@ from typing import TYPE_CHECKING
 from minimal_aia.train.activations import Rows
 from minimal_aia.train.config import TrainConfig, task_counts
 from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, find_gpu
-from minimal_aia.train.memory import Weights, compared, count_weights, moments, on_disk, total
+from minimal_aia.train.memory import compared, moments, on_disk, total
 from minimal_aia.train.shapes import Shape, read_shape
+from minimal_aia.train.weights import Weights, count_weights
 from minimal_aia.train.work import Work, work_of
 
 if TYPE_CHECKING:

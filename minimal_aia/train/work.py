@@ -12,8 +12,8 @@ import torch
 from minimal_aia.train.activations import INDICATOR_COLUMNS, Rows
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.label_loss import LOGITS_AT_ONCE
-from minimal_aia.train.memory import Weights
 from minimal_aia.train.shapes import Shape, count
+from minimal_aia.train.weights import Weights
 
 FORWARD, BACKWARD, BACKWARD_ATTENTION = 1, 2, 2.5
 

@@ -23,13 +23,14 @@ from minimal_aia.targets import StageTargets
 from minimal_aia.train.activations import Rows
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.layout import GIB, GPUS, Layout, find_gpu, read_layout, running_layout
-from minimal_aia.train.memory import count_weights, held
+from minimal_aia.train.memory import held
 from minimal_aia.train.module import SFTModule
 from minimal_aia.train.plan import Lengths, plan
 from minimal_aia.train.plan_report import plan_text
 from minimal_aia.train.recipe import parse_recipe
 from minimal_aia.train.remedies import remedies
 from minimal_aia.train.shapes import count, read_shape
+from minimal_aia.train.weights import count_weights
 from minimal_aia.train.work import work_of
 
 ROOT = Path(__file__).parents[2]
