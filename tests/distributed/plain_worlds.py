@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from forked import whole, world
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from train_worlds import MICRO_BATCHES, SMALL, whole, world
+from train_worlds import MICRO_BATCHES, SMALL
 
 from minimal_aia.models import load_adapter
 from minimal_aia.models.base import Batch

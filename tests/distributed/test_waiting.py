@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from worlds import assert_logs_equal, assert_tensors_equal, codes, run_script, said
 
 pytestmark = [
@@ -24,6 +27,13 @@ def test_only_the_first_process_reads_the_weights(tmp_path):
         tmp_path / "waiting" / "gradients-1.safetensors", tmp_path / "one" / "gradients-0.safetensors"
     )
     assert_logs_equal(tmp_path / "waiting", tmp_path / "one")
-    # AdamW makes steps of one size of gradients that are rounding errors: two steps of 5e-4 at the most
-    weights = [tmp_path / name / "run" / "model.safetensors" for name in ("waiting", "one")]
-    assert_tensors_equal(*weights, relative=1e-3)
+    # On "meta", accelerate would give the waiting process' optimizer one weight only; right gradients do not
+    # show that. What training has changed must be the same; but for single numbers: AdamW makes steps of one
+    # size of gradients that are rounding errors.
+    files = [tmp_path / name / "run" / "model.safetensors" for name in ("waiting", "one")]
+    waiting, one = (load_file(file) for file in files)
+    begun = load_file(Path((tmp_path / "base").read_text()) / "model.safetensors")
+    changed = [name for name in one if not torch.equal(one[name], begun[name])]
+    assert len(changed) > 20
+    for name in one:
+        assert (waiting[name] - one[name]).norm() <= 0.1 * (one[name] - begun[name]).norm(), name

@@ -11,24 +11,20 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from forked import SHARDED, whole, world
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from minimal_aia.models import registry
-from minimal_aia.train import arguments, sft
+from minimal_aia.train import sft
 from minimal_aia.train.config import TrainConfig
 
 MICRO_BATCHES = 4  # a step, whatever the world: one process makes all four, four make one each
@@ -42,31 +38,6 @@ SMALL: dict[str, Any] = {
     "warmup_steps": 2,
     "report_to": "none",
     "use_cpu": True,
-}
-TIME_LIMIT = 120  # seconds a world: nothing here can hang the tests
-GRACE = 5  # seconds that the others have to end when one process has failed
-
-# What `accelerate launch` puts into the environment for FSDP2 and for ZeRO-3, here for the lab's layers.
-SHARDED = {
-    "FSDP": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-        "FSDP_OFFLOAD_PARAMS": "false",
-    },
-    "DEEPSPEED": {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-        "DS_ACCELERATOR": "cpu",
-    },
 }
 
 
@@ -113,10 +84,6 @@ def whole_gradient(p: torch.nn.Parameter, deepspeed: bool) -> torch.Tensor:
     return torch.zeros(()) if p.grad is None else whole(p.grad)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().contiguous()
-
-
 def train(
     folder: Path,
     gradients_of: int | None = None,
@@ -140,83 +107,6 @@ def train(
     return sft.run(config).stop.exit_code
 
 
-def force(sharding: str) -> None:
-    """accelerate shards on GPUs only, and makes DDP of a CPU's processes: tell it otherwise."""
-    os.environ.update(SHARDED[sharding])
-    make = arguments.training_arguments
-
-    def pretend(config: TrainConfig) -> Any:
-        made = make(config)
-        assert PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU
-        if sharding == "DEEPSPEED":
-            import deepspeed
-
-            # gloo does it: no compiler is needed for DeepSpeed's own shared memory.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.init_distributed("gloo")
-        kind = {"FSDP": DistributedType.MULTI_GPU, "DEEPSPEED": DistributedType.DEEPSPEED}[sharding]
-        PartialState._shared_state["distributed_type"] = kind
-        return made
-
-    arguments.training_arguments = pretend
-
-
-def world(n: int, folder: Path, job: Callable[[int], int | None], sharding: str = "") -> list[int]:
-    """Run `job(rank)` in n forked processes; their exit codes (minus the signal for those that were killed).
-
-    As under torchrun, when one process fails the others are ended.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(n):
-        if child := os.fork():
-            children.append(child)
-            continue
-        code = 1
-        try:
-            out = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-            here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({key: str(value) for key, value in here.items()})
-            if sharding:
-                force(sharding)
-            code = job(rank) or 0
-        except (ValueError, OSError) as error:  # as the command line does
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = 2
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return wait(children)
-
-
-def wait(children: list[int]) -> list[int]:
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + TIME_LIMIT
-    while len(codes) < len(children):
-        for child in children:
-            if child not in codes and (ended := os.waitpid(child, os.WNOHANG)) != (0, 0):
-                codes[child] = os.waitstatus_to_exitcode(ended[1])
-                if codes[child]:
-                    deadline = min(deadline, time.monotonic() + GRACE)
-        if time.monotonic() > deadline:
-            for child in set(children) - codes.keys():
-                os.kill(child, signal.SIGKILL)
-            deadline = float("inf")
-        time.sleep(0.01)
-    return [codes[child] for child in children]
-
-
 # --- gradients ----------------------------------------------------------------------------------------------
 
 # 3:1 in micro-batches of two: every second one has no understanding sample, so of four processes two lack
@@ -228,7 +118,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "lacking": ({**LACKING, "curve_steps": 1}, {"": (4,), "FSDP": (4,)}),
     "janus lacking": ({**LACKING, "model": "lab/janus"}, {"": (4,), "FSDP": (4,), "DEEPSPEED": (4,)}),
     "lora": ({"lora_rank": 4}, {"": (2,), "FSDP": (2,)}),
-    "recomputed": ({"gradient_checkpointing": True}, {"FSDP": (2,), "DEEPSPEED": (2,)}),
+    "recomputed": ({"gradient_checkpointing": True}, {"DEEPSPEED": (2,)}),
 }
 
 
@@ -271,26 +161,6 @@ def resumes(root: Path, sizes: tuple[int, ...] = (2, 1, 4), sharding: str = "") 
     return codes
 
 
-def waiting(root: Path) -> dict[str, list[int]]:
-    """Only the first process has the weights; the other has a model on "meta", as of a large one it would."""
-
-    def job(rank: int, folder: Path) -> int:
-        load = registry.load_adapter
-
-        def without_weights(*args: Any, **options: Any) -> Any:
-            adapter = load(*args, **options)
-            with init_empty_weights(include_buffers=False):
-                adapter.model = type(adapter.model)._from_config(adapter.model.config)
-            adapter.model.tie_weights()
-            return adapter
-
-        registry.load_adapter = without_weights if rank else load
-        return train(folder, 0)
-
-    codes = {"one": world(1, root / "one", lambda rank: train(root / "one", 0))}
-    return codes | {"two": world(2, root / "two", partial(job, folder=root / "two"), "FSDP")}
-
-
 def broken(root: Path) -> dict[str, list[int]]:
     """After the first step a weight becomes nan, in the second process only."""
     trainers: list[Any] = []
@@ -307,8 +177,12 @@ def broken(root: Path) -> dict[str, list[int]]:
 
 def unsharded(root: Path) -> dict[str, list[int]]:
     """What accelerate does to FSDP on a CPU when nobody forces it: it makes DDP of it."""
-    os.environ.update(SHARDED["FSDP"])
-    return {"silent": world(2, root / "silent", lambda rank: train(root / "silent"))}
+
+    def job(rank: int) -> int:
+        os.environ.update(SHARDED["FSDP"])
+        return train(root / "silent")
+
+    return {"silent": world(2, root / "silent", job)}
 
 
 RUNS: dict[str, Callable[[Path], dict[str, list[int]]]] = {
@@ -318,7 +192,6 @@ RUNS: dict[str, Callable[[Path], dict[str, list[int]]]] = {
     "unsharded": unsharded,
     "FSDP gradients": partial(gradients, sharding="FSDP"),
     "FSDP resumes": partial(resumes, sharding="FSDP"),
-    "FSDP waiting": waiting,
     "DEEPSPEED gradients": partial(gradients, sharding="DEEPSPEED"),
     "DEEPSPEED resumes": partial(resumes, sizes=(2, 4), sharding="DEEPSPEED"),
 }

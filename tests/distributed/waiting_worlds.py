@@ -49,6 +49,7 @@ def main(root: Path) -> None:
         noted(folder)
         return train(folder, 0, max_steps=2, **options)
 
+    (root / "base").write_text(options["model"])
     SHARDED["FSDP"]["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
     codes = {
         name: world(n, root / name, partial(job, folder=root / name), sharding)
