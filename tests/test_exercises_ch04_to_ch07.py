@@ -84,11 +84,28 @@ def standard_error(share, items):
     return binom(items, share).std() / items
 
 
+def paired_difference(before, after):
+    """Through the t-test's own interval."""
+    found = ttest_rel(after, before)
+    interval = found.confidence_interval(0.95)
+    half = (interval.high - interval.low) / 2
+    return np.mean(after) - np.mean(before), half / t.ppf(0.975, len(before) - 1)
+
+
+def best_of(scores, k):
+    """By how often the i-th best is the best of a subset."""
+    from math import comb
+
+    n = len(scores)
+    ranked = sorted(scores, reverse=True)
+    return sum(comb(n - 1 - i, k - 1) / comb(n, k) * value for i, value in enumerate(ranked))
+
+
 ALL = [
     *((ch04, f) for f in (counts, step_loss, paired_interval, name_run)),
     *((ch05, f) for f in (verdict, false_alarms, seeds_needed)),
     *((ch06, f) for f in (training_state, matrices, hours)),
-    *((ch07, f) for f in (two_scores, balance, standard_error)),
+    *((ch07, f) for f in (two_scores, balance, standard_error, paired_difference, best_of)),
 ]
 names = pytest.mark.parametrize(("chapter", "right"), ALL, ids=[f.__name__ for _, f in ALL])
 
@@ -141,6 +158,11 @@ def swapped(said, truth):
     return recall, precision, f1, yes
 
 
+def two_sets(before, after):
+    n = len(before)
+    return np.mean(after) - np.mean(before), np.sqrt((np.var(before, ddof=1) + np.var(after, ddof=1)) / n)
+
+
 WRONG = [
     (ch04, "counts", lambda step, size, ratio: round(size * ratio[0] / sum(ratio)), "the error adds up"),
     (ch04, "counts", lambda step, size, ratio: size - counts(step, size, ratio), "understanding samples"),
@@ -156,6 +178,9 @@ WRONG = [
     (ch07, "two_scores", lambda known, options: (two_scores(known, options)[0],) * 2, "every one"),
     (ch07, "balance", swapped, "precision is over what was said"),
     (ch07, "standard_error", lambda share, items: standard_error(share, items) ** 2, "take the root"),
+    (ch07, "paired_difference", lambda before, after: paired_difference(after, before), "after minus before"),
+    (ch07, "paired_difference", two_sets, "item by item"),
+    (ch07, "best_of", lambda scores, k: max(scores), "best of all"),
     (ch05, "seeds_needed", lambda std, margin: seeds_needed(std, margin) - 1, "one more"),
 ]  # fmt: skip
 

@@ -16,6 +16,8 @@ drawing through the understanding expert, except in one sequence, where the gene
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,13 @@ from tqdm import tqdm
 
 from minimal_aia.evaluation.answers import answer_to, blind, unbound
 from minimal_aia.evaluation.lab_benchmark import Row, frame, pictures_of
-from minimal_aia.evaluation.subjects import Subject
+from minimal_aia.evaluation.scores import scores
+from minimal_aia.evaluation.subjects import Subject, lab_subject
 from minimal_aia.lab import images, metrics, models, scenes
 from minimal_aia.lab.scenes import Question
 from minimal_aia.lab.sequences import FIRST_CODE, Sequences, generation_tokens, pad, understanding_tokens
 
+FILE = Path(__file__).parents[2] / "data_samples" / "lab" / "interleaved.csv"
 FORMATS = ("own drawing", "one sequence", "clean picture")
 
 
@@ -151,3 +155,23 @@ def teach(
         optimizer.zero_grad()
         losses.append(answering.item())
     return losses
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minimal_aia.evaluation.interleaved",
+        description="Score every trained lab model that does both tasks: data_samples/lab/interleaved.csv.",
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="folder of MODEL-seedN runs")
+    parser.add_argument("--items", type=int, default=100, help="prompts a model (default 100)")
+    args = parser.parse_args(argv)
+    folders = sorted(f.parent for f in args.runs.glob("*-seed*/training.json"))
+    both = [f for f in folders if len(models.TASKS[f.name.rsplit("-seed", 1)[0]]) == 2]
+    if not both:
+        parser.error(f"no finished run in {args.runs}: train with `python -m minimal_aia.lab.train` first")
+    tables = [scores(interleaved(lab_subject(folder), args.items)) for folder in tqdm(both, desc="evaluate")]
+    pd.concat(tables, ignore_index=True).to_csv(FILE, index=False, float_format="%.4f")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lab_subjects import Oracle
 
-from minimal_aia.evaluation.interleaved import FORMATS, interleaved, one_sequence_batch, teach
+from minimal_aia.evaluation.interleaved import FILE, FORMATS, interleaved, one_sequence_batch, teach
 from minimal_aia.evaluation.scores import differences, scores
 from minimal_aia.evaluation.subjects import LabModel, lab_subject
 from minimal_aia.lab import images, models, scenes
@@ -157,3 +157,13 @@ def test_a_mixture_of_transformers_draws_and_reads_through_its_experts():
                 p.mul_(-2)
     assert subject.answer(pictures, questions) == before[0]
     assert subject.answer(pictures, questions, prompts) != before[1]
+
+
+def test_the_table_that_ships_describes_the_shipped_weights():
+    table = pd.read_csv(FILE)
+    assert dict(table.groupby("model")["seed"].nunique()) == {"unified": 5, "mot": 3, "janus": 5}
+    keys = ["metric", "group"]
+    stored = table.query("model == 'unified' and seed == 0").set_index(keys)["value"]
+    measured = scores(interleaved(lab_subject("lab/unified"), 100), n_boot=10).set_index(keys)["value"]
+    # one answer in four hundred may flip with the last digits of another processor
+    pd.testing.assert_series_equal(measured[stored.index], stored, atol=0.011, rtol=0)
