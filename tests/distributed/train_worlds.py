@@ -24,7 +24,7 @@ from forked import SHARDED, whole, world
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from minimal_aia.train import sft
+from minimal_aia.train import sft, trainer
 from minimal_aia.train.config import TrainConfig
 
 MICRO_BATCHES = 4  # a step, whatever the world: one process makes all four, four make one each
@@ -200,6 +200,7 @@ RUNS: dict[str, Callable[[Path], dict[str, list[int]]]] = {
 def main(root: Path, names: list[str]) -> None:
     sft.build(TrainConfig(**SMALL, output_dir=str(root / "warm-up")))  # imports what is imported lazily
     AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.PROBE_SAMPLES = 3  # for the layer curves
     for name in names:
         (root / name).mkdir()
         start = time.monotonic()
