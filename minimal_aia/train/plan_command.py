@@ -23,10 +23,9 @@ Several values, separated by commas, give one line a combination:
 
   minimal-aia plan recipes/janus_pro_7b.yaml --world-size 8,16,64 --sharding fsdp2,zero3 --gpu h100,h200
 
-The figures are formulas, held against the allocator's count of a real step on a CPU by a test
-(benchmarks/plan_check.py measures more); no GPU has confirmed them yet. Their assumptions are in
+The figures are formulas. For small models on a CPU the memory is within 10 % of the tensors that PyTorch
+allocated (benchmarks/results/plan_check.json); no GPU has confirmed it, nor the time. Their assumptions are in
 minimal_aia/train/plan.py. Exit code 1: it does not fit."""
-
 
 LENGTHS = {
     "prompt": "of a generation prompt",
