@@ -84,8 +84,8 @@ def attention_with_intensity(
     In generation nearly all rows are marked, so there is little to leave out; and log-sum-exp gradients need
     private kernels, one set a device.
     The floor of the first row is 136/128, 1.06: both products are eight columns wider, and nothing else is
-    read or written but the mass. No route has been measured on a GPU: FlexAttention (whose log-sum-exp has a
-    gradient there) and a kernel over the marked rows are open.
+    read or written but the mass. FlexAttention, whose log-sum-exp has a gradient on a GPU, has no backward on
+    a CPU (PyTorch 2.13 refuses). No route has been measured on a GPU; a kernel over the marked rows is open.
 
     Args:
         q: `[B, H, Q, D]`.

@@ -59,7 +59,8 @@ def task_losses(
     kind: Any = config.aia_kind
     reduction: Any = config.aia_reduction
     rows = record.layers
-    return ntp, aia_loss(record.intensity, target[rows], delta[rows], kind, reduction)
+    target, delta = (values[rows].to(ntp.device) for values in (target, delta))
+    return ntp, aia_loss(record.intensity, target, delta, kind, reduction)
 
 
 @torch.no_grad()
@@ -67,26 +68,29 @@ def distance(
     model: Any, codebook: np.ndarray, targets: StageTargets, definition: str = "paper", count: int = 256
 ) -> dict[str, float]:
     """Mean over layers of |I_l − T_l| by task, on held-out scenes; I_l is the mean over `count` samples."""
+    device = next(model.parameters()).device
     found = {}
     for task in models.TASKS["unified"]:
         rng = np.random.default_rng((metrics.EVALUATION_SEED, 300))
-        batch = draw_batch(task, count, rng, codebook, held_out=True)
+        batch = draw_batch(task, count, rng, codebook, held_out=True).to(device)
         query, key = spans(batch, task, definition)
         with capture(model, query, key) as record:
             models.label_logits(model, batch, task)
         target, _ = targets.tensors(task)
-        found[task] = float((record.intensity.mean(1) - target).abs().mean())
+        found[task] = float((record.intensity.mean(1).cpu() - target).abs().mean())
     return found
 
 
-def finetune(config: TrainConfig, progress: bool = True) -> tuple[Any, np.ndarray, list[dict]]:
+def finetune(
+    config: TrainConfig, progress: bool = True, device: str = "cpu"
+) -> tuple[Any, np.ndarray, list[dict]]:
     """Fine-tune a lab model: the model in evaluation mode, its codebook, and the log.
 
     The log has one row a step: `step`, and by task `ntp/TASK`, `aia/TASK` (where the AIA term was on), and
     every 20 steps `distance/TASK`, mean |I − T| on held-out scenes.
     """
     adapter = load_lab(config.model)
-    model: Any = adapter.model.train()
+    model: Any = adapter.model.to(device).train()
     if models.is_janus(model):
         models.freeze(model)
     codebook, targets = adapter.codebook, lab_targets(config.targets, config.spans)
@@ -108,11 +112,11 @@ def finetune(config: TrainConfig, progress: bool = True) -> tuple[Any, np.ndarra
         if step % PROBE_EVERY == 0:
             away = distance(model, codebook, targets, config.spans, PROBE_SIZE)
             row |= {f"distance/{task}": value for task, value in away.items()}
-        weight, loss = weight_at(config, step), torch.zeros(())
+        weight, loss = weight_at(config, step), torch.zeros((), device=device)
         batches = step_batches(config, step, codebook)
         total = sum(len(batch.ids) for batch in batches.values())
-        for task, batch in batches.items():
-            share = len(batch.ids) / total
+        for task, rows in batches.items():
+            batch, share = rows.to(device), len(rows.ids) / total
             if weight:
                 ntp, aia = task_losses(model, batch, task, config, targets)
                 loss = loss + share * (ntp + weight * aia)

@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
                             "definition": definition, "turns": turns}  # fmt: skip
                     frames.append(pd.concat([pd.DataFrame(head, index=curve.index), curve], axis=1))
     table = pd.concat(frames, ignore_index=True).sort_values(["model", "seed"], kind="stable")
+    FILE.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(FILE, index=False, float_format="%.5f")
     print(f"{FILE.name}: {len(frames) - 1} new curves")
 

@@ -101,13 +101,13 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep(data["name"], data["question"], data["baseline"], tuple(runs))
 
 
-def measure(run: Run, progress: bool = False) -> dict[str, pd.DataFrame]:
+def measure(run: Run, progress: bool = False, device: str = "cpu") -> dict[str, pd.DataFrame]:
     """Train one run and measure it: the tables `metrics`, `curves`, `log`."""
     from minimal_aia.lab import metrics
     from minimal_aia.lab.finetune import distance, finetune
     from minimal_aia.lab.references import lab_targets, reference_curve
 
-    model, codebook, log = finetune(run.config, progress)
+    model, codebook, log = finetune(run.config, progress, device)
     rows: list[tuple] = []
     shapes = []
     targets = lab_targets(run.config.targets, run.config.spans)
@@ -128,7 +128,7 @@ def measure(run: Run, progress: bool = False) -> dict[str, pd.DataFrame]:
     return {"metrics": table, "curves": pd.concat(shapes, ignore_index=True), "log": pd.DataFrame(log)}
 
 
-def execute(run: Run, out: Path) -> Path:
+def execute(run: Run, out: Path, device: str = "cpu") -> Path:
     """Do one run unless its folder is there already; the folder appears by one rename, complete."""
     folder = out / run.key()
     if run.done(out):
@@ -137,7 +137,7 @@ def execute(run: Run, out: Path) -> Path:
     unfinished.mkdir(parents=True)
     begin = time.process_time()
     try:
-        for name, table in measure(run).items():
+        for name, table in measure(run, device=device).items():
             table.to_csv(unfinished / f"{name}.csv", index=False, float_format="%.6f")
         facts = {"config": asdict(run.config), "cpu_seconds": round(time.process_time() - begin, 1)}
         (unfinished / "config.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -148,14 +148,14 @@ def execute(run: Run, out: Path) -> Path:
     return folder
 
 
-def _work(job: tuple[Run, Path]) -> None:
+def _work(job: tuple[Run, Path, str]) -> None:
     import torch
 
     torch.set_num_threads(1)
     execute(*job)
 
 
-def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1) -> None:
+def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1, device: str = "cpu") -> None:
     """Do every run that is missing, in order of the files, `jobs` at a time."""
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("*.tmp"):  # of a killed sweep
@@ -166,7 +166,7 @@ def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1) -> None:
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
     ):
-        waiting = {pool.submit(_work, (run, out)): run for run in missing.values()}
+        waiting = {pool.submit(_work, (run, out, device)): run for run in missing.values()}
         for done in as_completed(waiting):
             done.result()
             run = waiting[done]

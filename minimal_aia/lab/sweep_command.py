@@ -16,6 +16,7 @@ def add_sweep(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recipes/ablations/*.yaml")
     command.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default 1)")
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     command.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="where runs are kept")
     command.add_argument("--out", type=Path, default=Path("runs/sweep-report"), help="tables and report")
     command.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the files' seeds")
@@ -36,7 +37,7 @@ def _sweep(args: argparse.Namespace) -> int:
         wanted = set(args.seeds)
         sweeps = [replace(s, runs=tuple(r for r in s.runs if r.config.seed in wanted)) for s in sweeps]
     if not args.report_only:
-        sweep.run_all(sweeps, args.runs, args.jobs)
+        sweep.run_all(sweeps, args.runs, args.jobs, args.device)
     for name in ("metrics", "curves", "log"):
         args.out.mkdir(parents=True, exist_ok=True)
         table = sweep.table(sweeps, args.runs, name)

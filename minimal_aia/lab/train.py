@@ -5,6 +5,7 @@ was interrupted goes on with the same data, and models of one seed see the same 
 
 `--constant-rate` stops without lowering the learning rate: an early checkpoint, for fine-tuning.
 `--aia-weight 40` adds the AIA loss from the first step on.
+`--scale small --device cuda` trains models a hundred times as large, ten times as long.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Settings:
     save_every: int = 500
     decay: bool = True  # False: no cosine, the rate stays up to the last step
     aia_weight: float = 0.0  # λ of Eq. 3, from the first step on
+    scale: str = "laptop"  # a key of `models.SCALES`
 
 
 def data_rng(seed: int, task: str, step: int) -> np.random.Generator:
@@ -94,7 +96,7 @@ def train(
     aia = AIALoss(targets) if settings.aia_weight and targets else None
     if settings.aia_weight and not aia:
         raise ValueError(f"aia_weight is {settings.aia_weight:g}, but there are no targets")
-    model: Any = models.build(name, seed, parts)
+    model: Any = models.build(name, seed, parts, settings.scale)
     model.to(device).train()
     if models.is_janus(model):
         models.freeze(model)
@@ -187,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/lab"), help="parent folder; runs go to MODEL-seedN"
     )
-    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--scale", choices=models.SCALES, default=Settings.scale, help="small: for a GPU")
+    parser.add_argument("--steps", type=int, help=f"default {Settings.steps}, ten times that at scale small")
     parser.add_argument("--batch", type=int, default=Settings.batch, help="sequences a task and step")
     parser.add_argument(
         "--constant-rate", action="store_true", help="keep the learning rate up: an early checkpoint"
@@ -198,8 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     unknown = set(args.models) - set(models.NAMES)
     if unknown:
         parser.error(f"unknown model {', '.join(sorted(unknown))}: choose from {', '.join(models.NAMES)}")
+    if args.scale != "laptop" and "janus" in args.models:
+        parser.error("janus comes in laptop scale only: name the other models")
     settings = Settings(
-        steps=args.steps, batch=args.batch, decay=not args.constant_rate, aia_weight=args.aia_weight
+        steps=args.steps or Settings.steps * (1 if args.scale == "laptop" else 10),
+        batch=args.batch,
+        decay=not args.constant_rate,
+        aia_weight=args.aia_weight,
+        scale=args.scale,
     )
     targets = lab_targets() if args.aia_weight else None
     codebook = images.fit_codebook()

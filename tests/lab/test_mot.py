@@ -101,7 +101,7 @@ def test_without_the_first_code_s_loss_the_last_understanding_expert_only_serves
     batch = batch_of("generation")
     batch.label_mask &= mot.drawn_codes(batch.ids, model.config).cumsum(-1) > 1
     drawing = touched(model, batch, "generation")
-    last = f"model.layers.{models.LAYERS - 1}.understanding."
+    last = f"model.layers.{models.SCALES['laptop'][1] - 1}.understanding."
     untouched = {key for key, yes in drawing.items() if not yes}
     only = ("q_proj", "o_proj", "post_attention_layernorm", "mlp")
     assert untouched == {k for k in drawing if k.startswith(last) and any(part in k for part in only)} | {
@@ -222,7 +222,7 @@ def test_capture_equals_eager_attention_with_its_gradient(model, task, checkpoin
     eager = torch.stack(
         [aia.intensity_from_attention(a, batch.query_mask, batch.key_mask) for a in out.attentions]
     )
-    assert record.intensity.shape == (models.LAYERS, len(batch.ids))
+    assert record.intensity.shape == (models.SCALES["laptop"][1], len(batch.ids))
     torch.testing.assert_close(record.intensity, eager, atol=1e-6, rtol=0)
     eager.sum().backward()
     for key, p in plain.named_parameters():

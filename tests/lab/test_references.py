@@ -36,7 +36,7 @@ def test_a_second_call_measures_only_new_runs_and_leaves_the_others_rows_alone(r
     table = pd.read_csv(references.FILE)
     assert table["seed"].is_monotonic_increasing
     assert [line for line in both if line.startswith("understanding,1,")] == first[1:]
-    assert len(both) == 1 + 2 * 6 * models.LAYERS
+    assert len(both) == 1 + 2 * 6 * models.SCALES["laptop"][1]
     references.main(["--runs", str(runs)])
     assert "0 new curves" in capsys.readouterr().out
     assert references.FILE.read_text().splitlines() == both

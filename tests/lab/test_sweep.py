@@ -22,7 +22,8 @@ from minimal_aia.cli import main
 from minimal_aia.lab import sweep, sweep_report
 from minimal_aia.stats import mean_interval
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "ablations").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = [*sorted((FOLDER / "ablations").glob("*.yaml")), FOLDER / "small" / "headline.yaml"]
 TINY = {
     "name": "tiny",
     "question": "does it run?",
@@ -43,7 +44,7 @@ def write(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_is_read_and_has_its_baseline(path):
     found = sweep.read_sweep(path)
-    assert found.name == path.stem
+    assert found.name == (path.stem if path.parent.name == "ablations" else path.parent.name)
     assert {run.arm for run in found.runs} > {found.baseline}
     assert len({run.key() for run in found.runs}) == len(found.runs), "two arms with the same settings"
 

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimal_aia.lab import images, models, train
+from minimal_aia.lab import finetune, images, models, train
 from minimal_aia.lab.muon import Muon, orthogonalize
+from minimal_aia.targets import StageTargets
+from minimal_aia.train.config import TrainConfig
 
 CODEBOOK = np.random.default_rng(0).random((images.N_CODES, 48)).astype(np.float32)
 SHORT = train.Settings(steps=6, batch=2, warmup=2, save_every=2)
@@ -126,3 +128,21 @@ def test_command_line_names_an_unknown_model(capsys):
     with pytest.raises(SystemExit):
         train.main(["emu3"])
     assert "unknown model emu3" in capsys.readouterr().err
+
+
+def test_models_for_a_gpu_train_and_fine_tune_with_the_same_commands(tmp_path, monkeypatch, capsys):
+    command = ["unified", "--scale", "small", "--steps", "1", "--batch", "1", "--out", str(tmp_path)]
+    train.main(command)
+    folder = tmp_path / "unified-seed0"
+    model, _ = models.load(folder)
+    assert 20e6 < sum(p.numel() for p in model.parameters()) < 60e6
+    monkeypatch.setattr(finetune, "PROBE_SIZE", 2)
+    targets = StageTargets.constant(12, generation=0.4, understanding=0.2)
+    monkeypatch.setattr(finetune, "lab_targets", lambda *spec: targets)
+    config = TrainConfig(model=str(folder), max_steps=2, per_device_train_batch_size=2, warmup_steps=0)
+    after, _, log = finetune.finetune(config, progress=False)
+    assert log[1]["aia/generation"] > 0
+    assert not torch.equal(after.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(SystemExit):
+        train.main(["janus", *command[1:]])
+    assert "janus comes in laptop scale only" in capsys.readouterr().err
