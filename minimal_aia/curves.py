@@ -1,5 +1,4 @@
-"""Anything that has layer curves -> one tidy frame, so that plots, widgets and distances need not ask what
-it is."""
+"""Anything that has layer curves -> one tidy frame, which plots, widgets and distances take."""
 
 from __future__ import annotations
 
@@ -63,8 +62,7 @@ def source_keys(source: pd.DataFrame) -> tuple[Any, Any, Any]:
 
 
 def one_curve(source: Any, task: str) -> tuple[str, np.ndarray]:
-    """The single curve of `task` in a source -> (label, values [L]). An array passes through as its own
-    curve."""
+    """The single curve of `task` in a source -> (label, values [L]). An array is its own curve."""
     if (
         isinstance(source, (np.ndarray, list, tuple))
         and np.ndim(source) == 1

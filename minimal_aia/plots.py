@@ -1,5 +1,4 @@
-"""Figures that mirror the paper's: layer curves (Fig. 1), panels of models, before and after AIA (Fig. 5),
-heads.
+"""Figures that mirror the paper's: layer curves (Fig. 1), before and after AIA (Fig. 5), heads.
 
 Generation is blue, solid, round markers; understanding is red, dashed, square markers: never colour alone.
 The layer axis counts from 1, as the paper's figures do (everything else here counts from 0), or is relative
@@ -237,8 +236,7 @@ def plot_before_after(before: Any, after: Any, reference: Any = None, targets: A
 def plot_heads(
     profile: Any, type: str | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
-    """Heat map of the mean intensity of every head (rows) in every layer (columns); the curve averages
-    columns."""
+    """Heat map of the mean intensity of every head (row) in every layer (column)."""
     table = profile.heads(type).T
     ax = ax if ax is not None else new_axes()
     palette = {"generation": "Blues", "understanding": "Reds"}[profile.task]

@@ -34,8 +34,7 @@ def uniform_intensity(
 
     query_mask, key_mask: bool [B, S]; attention_mask: [B, S], 1 = real token; visible: bool [B, S, S], which
     keys a query position sees (default: itself and everything real before it). -> float64 [B], nan where a
-    span is
-    empty: mean over the query positions of (marked visible keys / visible keys).
+    span is empty: mean over the query positions of (marked visible keys / visible keys).
     """
     real = attention_mask.bool()
     if visible is None:  # causal: counts of a row are running sums, no [S, S] matrix needed
@@ -162,8 +161,7 @@ def _facts(adapter: Adapter, plan: list[list[Sample]], task: str, seed: int) -> 
 
 
 def _measure(adapter: Adapter, samples: list[Sample], task: str) -> dict[str, Any]:
-    """One forward pass -> plain lists (they go into a part file): per sample id, counts, uniform, value [L,
-    H]."""
+    """One forward pass -> plain lists (they go into a part file): id, counts, uniform, value [L, H]."""
     batch: Batch = adapter.collate(samples, task)
     n_query, n_key = batch.query_mask.sum(1), batch.key_mask.sum(1)
     filled = (n_query > 0) & (n_key > 0)
@@ -195,8 +193,7 @@ def _measure(adapter: Adapter, samples: list[Sample], task: str) -> dict[str, An
 def _table(
     model: str, task: str, samples: list[Sample], records: dict[int, dict[str, Any]]
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Records of all batches -> the tidy table in the order of the samples, and the samples with an empty
-    span."""
+    """Records of all batches -> the tidy table, in the samples' order, and those with an empty span."""
     rows = {row["sample"]: row for record in records.values() for row in record["samples"]}
     empty = {name: "an empty query or key span" for record in records.values() for name in record["empty"]}
     kept = [s for s in samples if s.id in rows]

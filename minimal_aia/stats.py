@@ -16,8 +16,7 @@ Array = np.ndarray
 
 
 def resample(curves: Array, n_layers: int) -> Array:
-    """Bring curves [..., L] to `n_layers` points at equal relative depth (linear; first and last layer
-    kept)."""
+    """Bring curves [..., L] to `n_layers` points at equal relative depth (linear; both ends stay)."""
     curves = np.asarray(curves, dtype=float)
     if curves.shape[-1] == n_layers:
         return curves

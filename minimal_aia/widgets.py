@@ -1,5 +1,4 @@
-"""`explore`: look at layer curves, move stages, see the AIA loss. Works on finished tables; never runs a
-model.
+"""`explore`: look at layer curves, move stages, see the AIA loss. Reads tables, never runs a model.
 
 Plain ipywidgets and a PNG: JupyterLab and VS Code show it without an extension, and every control can be
 reached and moved with the keyboard.
