@@ -208,8 +208,20 @@ def test_make_test_and_ci_run_everything():
     for tool in ("ruff check", "ruff format --check", "mypy minimal_aia", "pytest -q -n 2"):
         assert tool in plan
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
-    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
-    assert workflow["jobs"]["test"]["steps"][-1] == {"run": "bash .ci/run"}
+
+
+def test_the_workflow_has_a_job_for_every_part_and_every_notebook():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["make"]
+    assert job["steps"][-1] == {"run": "make ${{ matrix.target }}"}
+    targets = job["strategy"]["matrix"]["target"]
+    named = {
+        target for words in targets for target in re.findall(r"(?:^| )([a-z][a-z0-9-]*)(?![\w=/.])", words)
+    }
+    assert {"lint", "types", "unit", "test-eval", "test-zero3", "test-browser", "docs", "dist"} <= named
+    for target in targets:  # each is something that make knows
+        subprocess.run(["sh", "-c", f"make -n {target}"], cwd=ROOT, check=True, capture_output=True)
+    stored = {path.name for path in ROOT.glob("notebooks/*.ipynb")}
+    assert {Path(t.split("/")[-1]).name for t in targets if "nbval" in t and "*" not in t} == stored
 
 
 def test_only_make_test_browser_needs_a_browser(tmp_path):
