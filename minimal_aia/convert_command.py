@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minimal_aia.console import number
+
 HELP = """\
 Turn an original Janus or Janus-Pro checkpoint into a Hugging Face folder, or back. Files are mapped, not
 read: memory stays small whatever their size. Nothing is guessed; if a tensor is missing, superfluous or of
@@ -65,7 +67,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gigabytes(text: str) -> int:
-    size = int(float(text) * 1e9)
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a size in gigabytes")
-    return size
+    return max(1, int(number(text, above=True) * 1e9))

@@ -10,7 +10,6 @@ up, metadata holds nothing but tags, and machine paths, memory addresses, progre
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
+
+from minimal_aia import console
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -53,13 +55,24 @@ def notebooks(root: Path = ROOT) -> list[Path]:
     return sorted(root.glob("notebooks/*.ipynb")) + sorted(root.glob("notebooks/solutions/*.ipynb"))
 
 
+def read(path: Path) -> nbformat.NotebookNode:
+    """A notebook file; ValueError if it is none."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # as many classes as ways to be none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a notebook ({reason})") from error
+    return notebook
+
+
 def run(path: Path, bar: Any = None, timeout: float = 600) -> tuple[nbformat.NotebookNode, Outcome]:
     """Execute a notebook in its own folder with a fresh kernel; -> the executed notebook, what became of it.
 
     timeout: seconds a cell. `bar.update()` is called after each code cell. An error ends this notebook, not
     the course: it is in the outcome, and the outputs so far are in the notebook.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     code = code_cells(notebook)
     for cell in code:  # what does not run must not look as if it had
         cell.outputs, cell.execution_count = [], None
@@ -154,11 +167,17 @@ def table(outcomes: Sequence[Outcome], root: Path = ROOT) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: every notebook ran; 1: one failed; 2: there is nothing to run."""
-    parser = argparse.ArgumentParser(prog="python -m minimal_aia.course", description=__doc__.splitlines()[0])
+    parser = console.Parser(prog="python -m minimal_aia.course", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="notebooks (default: all of the course)")
     parser.add_argument("--write", action="store_true", help="store the outputs of notebooks that ran")
     parser.add_argument("--clean", action="store_true", help="do not execute; take noise out of the files")
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds a cell may take")
+    parser.add_argument(
+        "--timeout",
+        type=partial(console.number, above=True),
+        default=600,
+        metavar="S",
+        help="seconds a cell may take",
+    )
     args = parser.parse_args(argv)
     files = args.files or notebooks()
     if missing := [str(path) for path in files if not path.is_file()]:
@@ -167,10 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no notebooks in {ROOT / 'notebooks'}")
     if args.clean:
         for path in files:
-            _store(normalise(nbformat.read(path, as_version=4)), path)
+            _store(normalise(read(path)), path)
         return 0
 
-    cells = sum(len(code_cells(nbformat.read(path, as_version=4))) for path in files)
+    cells = sum(len(code_cells(read(path))) for path in files)
     outcomes = []
     with tqdm(total=cells, unit="cell") as bar:
         for path in files:
@@ -199,4 +218,4 @@ def _store(notebook: nbformat.NotebookNode, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start("python -m minimal_aia.course", main)

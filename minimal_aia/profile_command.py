@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minimal_aia.console import a_device, not_negative, positive
+
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
 
@@ -61,9 +63,9 @@ def add_profile(commands: Any) -> argparse.ArgumentParser:
     add("--plot", metavar="FILE", help="also draw the curve: .png, .svg or .pdf")
     add("--batch-size", type=positive, default=16, metavar="N", help="samples a forward pass (default 16)")
     add("--limit", type=positive, metavar="N", help="use N samples: the first, or with --seed a random N")
-    add("--seed", type=int, help="seed of --limit's choice and of models that draw noise (default: 0)")
+    add("--seed", type=not_negative, help="of --limit's choice and of models that draw noise (default 0)")
     add("--family", help="the model's family, if its config does not tell")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
+    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
     add("--draw", action="store_true", help="let the model draw the pictures that prompt-only samples lack")
     add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
@@ -180,19 +182,10 @@ def check_task(model: str, family: str | None, task: str) -> None:
 def join_processes(device: str | None, expected: int | None) -> tuple[Any, bool]:
     """Join the process group of torchrun or `accelerate launch` -> (this process' device, is it the first?).
 
-    Raises ValueError when fewer processes came up than asked for: they would quietly do all the work alone.
+    Raises ValueError when fewer processes came up than asked for.
     """
+    check_processes(expected, "minimal_aia.cli profile")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    # `accelerate launch --cpu --num_processes 2` starts one process. It leaves this trace: its own variables
-    # and a rendezvous address, but no rank.
-    lone = world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if (lone and "RANK" not in os.environ) or (expected is not None and expected != world):
-        asked = expected or "several"
-        raise ValueError(
-            f"{asked} processes were asked for, {world} came up; start them with `torchrun --nproc_per_node N"
-            " -m minimal_aia.cli profile ...` or `accelerate launch --multi_gpu --num_processes N ...` (on a"
-            " CPU, `accelerate launch --cpu --num_processes N` starts only one)"
-        )
     if world == 1:
         return device, True
     import torch
@@ -206,8 +199,15 @@ def join_processes(device: str | None, expected: int | None) -> tuple[Any, bool]
     return state.device, state.is_main_process
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+def check_processes(expected: int | None, module: str) -> None:
+    """ValueError when fewer processes came up than asked for: they would quietly do all the work alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # `accelerate launch --cpu --num_processes 2` starts one process. It leaves this trace: its own variables
+    # and a rendezvous address, but no rank.
+    lone = world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if (lone and "RANK" not in os.environ) or (expected or world) != world:
+        raise ValueError(
+            f"{expected or 'several'} processes were asked for, {world} came up; start them with"
+            f" `torchrun --nproc_per_node N -m {module} ...` or `accelerate launch --multi_gpu"
+            " --num_processes N ...` (on a CPU, `accelerate launch --cpu --num_processes N` starts only one)"
+        )

@@ -295,7 +295,7 @@ class StageTargets:
     def load(cls, path: str | Path) -> StageTargets:
         """Read a YAML file; a fault is an error that names the file and the stage."""
         try:
-            return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+            return cls.from_yaml(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

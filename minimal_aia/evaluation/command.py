@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minimal_aia.console import not_negative, positive
 from minimal_aia.evaluation.generation import add_generation
 from minimal_aia.evaluation.understanding import add_understanding
-from minimal_aia.profile_command import check_writable, positive
+from minimal_aia.profile_command import check_writable
 
 LAB_HELP = """\
 Ask lab models questions and let them draw, on scenes that no lab model was trained on:
@@ -68,7 +69,7 @@ def add_lab(kinds: Any) -> argparse.ArgumentParser:
     add("models", nargs="+", metavar="MODEL", help="lab/unified, lab/janus, ..., or a lab training folder")
     add("--out", type=Path, metavar="FILE", help="the table, .csv or .parquet (default: only print it)")
     add("--items", type=positive, default=400, metavar="N", help="items a group (default 400)")
-    add("--seed", type=int, default=0, help="of the items and of sampling (default 0)")
+    add("--seed", type=not_negative, default=0, help="of the items and of sampling (default 0)")
     command.set_defaults(run=run_lab)
     return command
 
@@ -117,7 +118,7 @@ def add_report(commands: Any) -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="FILE", help="the page, .html or .md")
     add("--items", type=positive, default=400, metavar="N", help="items a group (default 400)")
     add("--samples", type=positive, default=6, metavar="N", help="prompts drawn side by side (default 6)")
-    add("--seed", type=int, default=0, help="of the items and of sampling (default 0)")
+    add("--seed", type=not_negative, default=0, help="of the items and of sampling (default 0)")
     add("--scores", type=Path, nargs="+", default=[], metavar="FILE", help="score tables, .csv or .parquet")
     command.set_defaults(run=run_report)
     return command

@@ -157,7 +157,7 @@ def read_dpg(path: Path) -> Found:
 
 def read_lmms(path: Path) -> Found:
     """Every number of every task; the group is "overall", or the name of the task's filter of answers."""
-    text = path.read_text(encoding="utf-8")
+    text = "\n".join(line for _, line in _lines(path))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -191,7 +191,7 @@ READERS: dict[str, Callable[[Path], Found]] = {
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, without blank ones at the end."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ScoreError(f"{path}:{line}: not UTF-8 text") from None

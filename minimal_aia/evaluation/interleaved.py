@@ -16,7 +16,6 @@ drawing through the understanding expert, except in one sequence, where the gene
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from minimal_aia.console import Parser, positive, start
 from minimal_aia.evaluation.answers import answer_to, blind, unbound
 from minimal_aia.evaluation.lab_benchmark import Row, frame, pictures_of
 from minimal_aia.evaluation.scores import scores
@@ -158,12 +158,12 @@ def teach(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m minimal_aia.evaluation.interleaved",
         description="Score every trained lab model that does both tasks: data_samples/lab/interleaved.csv.",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="folder of MODEL-seedN runs")
-    parser.add_argument("--items", type=int, default=100, help="prompts a model (default 100)")
+    parser.add_argument("--items", type=positive, default=100, help="prompts a model (default 100)")
     args = parser.parse_args(argv)
     folders = sorted(f.parent for f in args.runs.glob("*-seed*/training.json"))
     both = [f for f in folders if len(models.TASKS[f.name.rsplit("-seed", 1)[0]]) == 2]
@@ -174,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.evaluation.interleaved", main)

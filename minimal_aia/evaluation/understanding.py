@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimal_aia.profile_command import check_task, join_processes, positive
+from minimal_aia.console import a_device, positive
+from minimal_aia.profile_command import check_task, join_processes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,7 +193,7 @@ def add_understanding(kinds: Any) -> argparse.ArgumentParser:
     add("--batch-size", type=positive, default=8, metavar="N", help="questions at a time (default 8)")
     add("--include", type=Path, metavar="FOLDER", help="a folder with tasks of your own, .yaml")
     add("--family", help="the model's family, if its config does not tell")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
+    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
     add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
     add("--processes", type=positive, metavar="N", help="stop unless N processes were started")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ from minimal_aia.lab.sequences import (
     Sequences,
     word_ids,
 )
+from minimal_aia.models.tensor_files import read_json
 
 NAMES = ("unified", "janus", "mot", "generation", "understanding")
 TASKS = {
@@ -263,14 +265,21 @@ def without_bars() -> Iterator[None]:
 
 
 def load(folder: Path | str) -> tuple[PreTrainedModel, np.ndarray]:
-    """A saved lab model in evaluation mode, and its picture codebook."""
+    """A saved lab model in evaluation mode, and its picture codebook; ValueError or OSError if damaged."""
     folder = Path(folder)
     codebook = folder / "codebook.safetensors"
     if not codebook.is_file():
         raise FileNotFoundError(f"{folder} is no lab model: {codebook.name} is missing")
     kind: Any = AutoModelForCausalLM
-    if '"janus"' in (folder / "config.json").read_text():
+    if read_json(folder / "config.json").get("model_type") == "janus":
         kind = JanusForConditionalGeneration
-    with without_bars():
-        model = kind.from_pretrained(folder, local_files_only=True)
-    return model.eval(), load_file(codebook)["codebook"]
+    try:
+        colours = load_file(codebook)["codebook"]
+        with without_bars():
+            model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: a weight file is damaged ({reason}); copy or train it again") from error
+    if missing := sorted(info["missing_keys"]):  # the library would go on with random numbers
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return model.eval(), colours

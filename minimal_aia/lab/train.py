@@ -10,7 +10,6 @@ was interrupted goes on with the same data, and models of one seed see the same 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers.models.janus.modeling_janus import JanusVisionModel, JanusVQVAE
 
 from minimal_aia.capture import capture
+from minimal_aia.console import Parser, a_device, nearest, not_negative, number, positive, start
 from minimal_aia.lab import images, models, vision, vq
 from minimal_aia.lab.muon import Muon
 from minimal_aia.lab.references import lab_targets
@@ -179,28 +179,28 @@ def frozen_parts(folder: Path, codebook: np.ndarray) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minimal_aia.lab.train", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m minimal_aia.lab.train", description=__doc__.splitlines()[0])
     parser.add_argument(
         "models", nargs="*", default=list(models.NAMES), help=f"any of {', '.join(models.NAMES)}"
     )
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run a model and seed")
+    parser.add_argument("--seed", type=not_negative, nargs="+", default=[0], help="one run a model and seed")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/lab"), help="parent folder; runs go to MODEL-seedN"
     )
     parser.add_argument("--scale", choices=models.SCALES, default=Settings.scale, help="small: for a GPU")
-    parser.add_argument("--steps", type=int, help=f"default {Settings.steps}, ten times that at scale small")
-    parser.add_argument("--batch", type=int, default=Settings.batch, help="sequences a task and step")
+    parser.add_argument(
+        "--steps", type=positive, help=f"default {Settings.steps}, ten times that at scale small"
+    )
+    parser.add_argument("--batch", type=positive, default=Settings.batch, help="sequences a task and step")
     parser.add_argument(
         "--constant-rate", action="store_true", help="keep the learning rate up: an early checkpoint"
     )
-    parser.add_argument("--aia-weight", type=float, default=0.0, help="λ; 0 trains without the AIA loss")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--aia-weight", type=number, default=0.0, help="λ; 0 trains without the AIA loss")
+    parser.add_argument("--device", type=a_device, default="cpu", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
-    unknown = set(args.models) - set(models.NAMES)
-    if unknown:
-        parser.error(f"unknown model {', '.join(sorted(unknown))}: choose from {', '.join(models.NAMES)}")
+    if unknown := sorted(set(args.models) - set(models.NAMES)):
+        close = nearest(unknown[0], models.NAMES)
+        parser.error(f"unknown model {', '.join(unknown)}: choose from {', '.join(models.NAMES)}{close}")
     if args.scale != "laptop" and "janus" in args.models:
         parser.error("janus comes in laptop scale only: name the other models")
     settings = Settings(
@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         aia_weight=args.aia_weight,
         scale=args.scale,
     )
+    args.out.mkdir(parents=True, exist_ok=True)
     targets = lab_targets() if args.aia_weight else None
     codebook = images.fit_codebook()
     parts = frozen_parts(args.out / "parts", codebook) if "janus" in args.models else None
@@ -224,4 +225,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.lab.train", main)

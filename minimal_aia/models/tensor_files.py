@@ -71,9 +71,8 @@ def _load_pickled(path: Path) -> dict[str, Any]:
             "its publisher for the bare weights"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise OSError(
-            f"{path}: not a complete PyTorch file ({str(error).splitlines()[0]}); get it again"
-        ) from error
+        reason = (str(error) or "cut short").splitlines()[0]
+        raise OSError(f"{path}: not a complete PyTorch file ({reason}); get it again") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
     return loaded
