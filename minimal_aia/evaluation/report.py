@@ -280,7 +280,10 @@ def _recipes(page: Page, runs: list[Run]) -> None:
 def _read_scores(path: Path) -> pd.DataFrame:
     if not path.is_file() or path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{path}: no score table (.csv or .parquet)")
-    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    try:
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: no score table ({str(error).splitlines()[0]})") from error
     if missing := {"model", "task", "metric", "group", "value"} - set(table.columns):
         raise ValueError(f"{path}: no score table: column {', '.join(sorted(missing))} is missing")
     for column in ("harness", "version"):
