@@ -27,6 +27,7 @@ TASKS = ("generation", "understanding")
 COLOURS = {"generation": "#1f6fb4", "understanding": "#c8322b"}
 LINES = {"generation": "-", "understanding": (0, (5, 1.6))}
 MARKERS = {"generation": "o", "understanding": "s"}
+FILLS = ("full", "none", "bottom")  # markers of the first, second, third model of a task
 FIGSIZE = (7.0, 4.0)
 
 
@@ -90,8 +91,8 @@ def plot_curves(
     for task in TASKS:
         mine = curves[curves["task"] == task]
         labels = list(dict.fromkeys(mine["label"]))
-        for label, colour in zip(labels, shades(COLOURS[task], len(labels)), strict=True):
-            draw_curve(ax, mine[mine["label"] == label], task, colour, axis, band, uniform)
+        for label, look in zip(labels, looks(task, len(labels)), strict=True):
+            draw_curve(ax, mine[mine["label"] == label], task, look, axis, band, uniform)
     if targets is not None:
         n_layers = int(curves["n_layers"].iloc[0]) if curves["n_layers"].nunique() == 1 else targets.n_layers
         draw_stages(ax, targets.for_layers(n_layers), list(dict.fromkeys(curves["task"])), axis)
@@ -101,22 +102,23 @@ def plot_curves(
     return ax
 
 
+def looks(task: str, n: int) -> list[dict[str, Any]]:
+    """Line2D options of `n` models of one task: shade and filling differ, line and marker are the task's."""
+    common = {"linestyle": LINES[task], "marker": MARKERS[task], "markersize": 4.5, "lw": 1.8}
+    colours = shades(COLOURS[task], n)
+    return [{**common, "color": c, "fillstyle": FILLS[i % len(FILLS)]} for i, c in enumerate(colours)]
+
+
 def draw_curve(
-    ax: Axes, curve: pd.DataFrame, task: str, colour: str, axis: str, band: bool, uniform: bool
+    ax: Axes, curve: pd.DataFrame, task: str, look: dict[str, Any], axis: str, band: bool, uniform: bool
 ) -> None:
-    """One curve of an `as_curves` frame, with its band and baseline."""
+    """One curve of an `as_curves` frame, with its band and baseline. look: one of `looks`."""
     n_layers = int(curve["n_layers"].iloc[0])
     x = positions(curve["layer"], n_layers, axis)
-    measured = bool(curve["std"].notna().any())
-    look = {"marker": MARKERS[task], "markersize": 4, "lw": 1.8} if measured else {"lw": 1.1}
-    ax.plot(
-        x,
-        curve["mean"],
-        color=colour,
-        linestyle=LINES[task],
-        label=f"{curve['label'].iloc[0]}, {task}",
-        **look,
-    )
+    colour = look["color"]
+    if curve["std"].isna().all():  # published, not measured here
+        look = look | {"marker": "", "lw": 1.1}
+    ax.plot(x, curve["mean"], label=f"{curve['label'].iloc[0]}, {task}", **look)
     if band:
         draw_band(ax, x, curve, colour)
     if uniform and curve["uniform"].notna().any():
@@ -189,8 +191,12 @@ def plot_panels(*sources: Any, targets: Any = None, columns: int = 3, **options:
         for h, label in zip(*ax.get_legend_handles_labels())
         if not label.startswith(("flat attention", "target"))
     }
-    names = [task for task in TASKS if task in handles]
-    grid.flat[0].legend([handles[name] for name in names], names, loc="best")
+    handles = {task: handles[task] for task in TASKS if task in handles}
+    if any(line.get_linestyle() == ":" for ax in grid.flat for line in ax.lines):
+        handles["flat attention"] = Line2D([], [], color="0.4", linestyle=":", lw=1.2)
+    below = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
+    with style():
+        grid.flat[0].figure.legend(handles.values(), handles.keys(), **below)
     return grid
 
 
@@ -256,10 +262,9 @@ def plot_std(*profiles: Any, by: str | None = None, ax: Axes | None = None) -> A
     for task in TASKS:
         tables = [(p, p.std(by)) for p in profiles if p.task == task]
         lines = [(p, name, table[name]) for p, table in tables for name in table]
-        for (p, name, values), colour in zip(lines, shades(COLOURS[task], len(lines)), strict=True):
+        for (p, name, values), look in zip(lines, looks(task, len(lines)), strict=True):
             label = f"{p.model}, {task}" + ("" if by is None else f", {name}")
-            look: dict[str, Any] = {"linestyle": LINES[task], "marker": MARKERS[task], "markersize": 4}
-            ax.plot(positions(values.index, p.n_layers, "layer"), values, color=colour, label=label, **look)
+            ax.plot(positions(values.index, p.n_layers, "layer"), values, label=label, **look)
     finish(ax, "layer", None)
     ax.set(ylabel="std over samples")
     ax.set_ylim(bottom=0)
@@ -281,6 +286,8 @@ def finish(ax: Axes, axis: str, title: str | None) -> None:
     ax.set_ylim(0, min(1.0, max([0.1, *(1.05 * top for top in tops if np.isfinite(top))])))
     if axis == "layer":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+        if np.isfinite(ax.dataLim.x1):  # half a layer on either side: no tick at a layer 0 that is not there
+            ax.set_xlim(0.5, np.floor(ax.dataLim.x1) + 0.5)
     if title:
         ax.set_title(title)
     sns.despine(ax=ax)
@@ -289,7 +296,7 @@ def finish(ax: Axes, axis: str, title: str | None) -> None:
 def place_legend(ax: Axes) -> None:
     """Inside while it is small, beside the axes when it would hide the curves."""
     n = len(ax.get_legend_handles_labels()[0])
-    if n > 6:
+    if n > 3:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
     elif n:
         ax.legend(loc="best")

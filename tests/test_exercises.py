@@ -316,6 +316,17 @@ def test_an_exception_is_reported_with_its_line_and_not_raised(capsys):
     assert "in line 3 of the cell" in printed
 
 
+def test_renamed_arguments_are_named(capsys):
+    assert "keep the names of its arguments: x\n" in judged(lambda y: y.sum(), capsys)
+    assert "it raises TypeError" in judged(lambda x: len(x, "one argument too many"), capsys)
+
+
+def test_numbers_are_shown_without_the_noise_of_single_precision(capsys):
+    assert "got      3.1\n" in judged(lambda x: torch.tensor(3.1), capsys)  # repr: 3.0999999046325684
+    assert difference(torch.tensor([0.4]), torch.tensor([0.2]), 1e-5) == "expected [0.2]\n  got      [0.4]"
+    assert "differ by up to 0.5" in difference(torch.full((40,), 0.5), torch.zeros(40), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [

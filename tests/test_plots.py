@@ -112,6 +112,21 @@ def test_options_switch_parts_off(profiles):
         plots.plot_curves(profiles[0], axis="layers")
 
 
+def test_no_legend_covers_curves_and_no_tick_is_a_layer_that_is_not_there(profiles, frame):
+    axes = [plots.plot_curves(*profiles), *plots.plot_panels(frame).flat]
+    for ax in axes:
+        ax.figure.canvas.draw()
+        legend = ax.get_legend() or ax.figure.legends[0]
+        assert not legend.get_window_extent().overlaps(ax.get_window_extent())
+        n_layers = max(len(line.get_xdata()) for line in ax.lines)
+        assert ax.get_xlim() == (0.5, n_layers + 0.5)
+
+
+def test_models_of_one_task_differ_in_their_markers(profiles):
+    ax = plots.plot_curves(*(profiles[0].curve().assign(model=name) for name in "abc"), uniform=False)
+    assert len({line.get_fillstyle() for line in ax.lines}) == 3
+
+
 def test_stage_boxes_span_their_layers_and_t_plus_minus_delta():
     targets = StageTargets.paper("janus-pro")
     ax = plots.plot_stages(targets)

@@ -8,6 +8,7 @@ raises, so that a notebook with open exercises still runs from top to bottom.
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def judge(function: Callable, cases: Sequence[Case], where: str, tolerance: floa
         except NotImplementedError:
             result = None
         except Exception as error:
-            _fail(name, number, cases, where, _raised(function, error))
+            _fail(name, number, cases, where, _renamed(function, inputs, error) or _raised(function, error))
             return
         if result is None or result is ...:
             if number == 0:
@@ -113,7 +114,15 @@ def difference(result: Any, expected: Any, tolerance: float) -> str:
         return f"expected {expected.dtype}, got {result.dtype}"
     if torch.allclose(result.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True):
         return ""
-    return f"expected {_short(expected)}\n  got      {_short(result)}"
+    expected_, got = _short(expected), _short(result)
+    if expected_ != got:
+        return f"expected {expected_}\n  got      {got}"
+    return f"the shape is right, the values are not: they differ by up to {_gap(expected, result):.3g}"
+
+
+def _gap(expected: Tensor, result: Tensor) -> float:
+    """The largest difference; nan if a nan stands where none should, or the other way round."""
+    return float((expected.double() - result.double()).abs().max())
 
 
 def _fail(name: str, number: int, cases: Sequence[Case], where: str, wrong: str) -> None:
@@ -123,6 +132,17 @@ def _fail(name: str, number: int, cases: Sequence[Case], where: str, wrong: str)
         f"  {wrong}\n"
         f"  see it   {name}(**{where}[{number}].inputs)"
     )
+
+
+def _renamed(function: Callable, inputs: dict[str, Any], error: Exception) -> str:
+    """What to say if the function cannot be called with the names that the exercise gives; else ""."""
+    if not (inputs and isinstance(error, TypeError) and "argument" in str(error)):
+        return ""
+    try:
+        inspect.signature(function).bind(**inputs)
+    except TypeError:
+        return f"it must keep the names of its arguments: {', '.join(inputs)}"
+    return ""
 
 
 def _raised(function: Callable, error: Exception) -> str:
@@ -136,10 +156,15 @@ def _raised(function: Callable, error: Exception) -> str:
 def _short(value: Any) -> str:
     """A value on a line or two."""
     if isinstance(value, Tensor) and value.numel() <= 32:
-        if value.dtype.is_floating_point:
-            return str(torch.round(value.detach(), decimals=4).tolist())
-        return str(value.tolist())
+        return _digits(value.detach().tolist())
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    text = repr(value)
+    text = _digits(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _digits(value: Any) -> str:
+    """Numbers with six digits, not with what single precision leaves behind them."""
+    if isinstance(value, list):
+        return f"[{', '.join(_digits(part) for part in value)}]"
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)

@@ -44,7 +44,7 @@ def _false_alarms() -> list[Case]:
             (0.975**k, "that is the chance of no false alarm"),
         ]
         hint = "the chance that one arm without effect looks better is 0.025; take 1 minus the chance of none"
-        cases.append(Case(f"{k} arms", {"n_arms": k}, right, hint, mistakes))
+        cases.append(Case("one arm" if k == 1 else f"{k} arms", {"n_arms": k}, right, hint, mistakes))
     return cases
 
 
