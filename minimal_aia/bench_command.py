@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minimal_aia.console import a_device
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 # name -> options that make it short on a CPU; `benchmarks/NAME.py --help` has all of them
 SCRIPTS: dict[str, list[str]] = {
@@ -44,7 +46,7 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="these scripts")
     command.add_argument("--table", action="store_true", help="print the table of stored files, run nothing")
     command.add_argument(
-        "--device", default="cpu", help="cpu, or cuda: the training step at Janus-Pro-1B's shape in bf16"
+        "--device", type=a_device, default="cpu", help="cpu, or cuda: the training step at Janus-Pro-1B's shape in bf16"
     )
     command.set_defaults(run=_bench)
     return command
@@ -66,10 +68,6 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _on_gpu(device: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no CUDA device that torch can use")
     for shape in ("janus-pro-1b", "janus-pro-7b"):
         out = FOLDER / "results" / f"training_step_{shape}.json"
         options = ["--device", device, "--shape", shape, "--dtype", "bfloat16", "--out", str(out)]

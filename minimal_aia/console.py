@@ -9,6 +9,7 @@ import math
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -22,6 +23,9 @@ _WHAT_TO_DO = {
     errno.EACCES: "no permission to read or write here",
     errno.EROFS: "the file system is read-only; write elsewhere",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same as safetensors (in Rust) and torch.save (in C++) say it.
+_SIGNS_OF_FULL = ("os error 28", "os error 27", "os error 122", "PytorchStreamWriter failed writing")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -56,7 +60,8 @@ def guarded(name: str, run: Callable[[], int | None], debug: bool = False) -> in
     try:
         return run() or 0
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second ^C ends what is left without a word
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second ^C ends what is left without a word
         print("\ninterrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -82,9 +87,9 @@ def _end_bars() -> None:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}no space left on the disk; free some, or write elsewhere"
+    if getattr(error, "errno", None) in _FULL or any(sign in str(error) for sign in _SIGNS_OF_FULL):
+        where = getattr(error, "filename", None)
+        return f"{where or 'the output'}: no space left to write to; free some, or write elsewhere"
     if isinstance(error, OSError) and error.errno and error.filename is not None:
         return f"{error.filename}: {_WHAT_TO_DO.get(error.errno, error.strerror)}"
     message = str(error).strip()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from minimal_aia.console import nearest
 from minimal_aia.evaluation.subjects import LabModel, lab_subject
 from minimal_aia.lab import models
 from minimal_aia.targets import TASKS
@@ -34,7 +35,10 @@ def read_runs(places: list[str]) -> list[Run]:
         shipped = place.removeprefix("lab/") in models.NAMES
         folder = Path(place)
         if not shipped and not folder.is_dir():
-            raise ValueError(f"{place}: no such folder, and no lab model; run `minimal-aia report --help`")
+            close = nearest(place, (f"lab/{name}" for name in models.NAMES))
+            raise ValueError(
+                f"{place}: no such folder, and no lab model{close or ' (minimal-aia report --help)'}"
+            )
         lab = shipped or (folder / "codebook.safetensors").is_file()
         if not lab and not (folder / "recipe.yaml").is_file():
             raise ValueError(f"{place}: neither a lab model (codebook.safetensors) nor a run (recipe.yaml)")
