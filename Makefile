@@ -67,7 +67,7 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy minimal_aia
 
 unit: $(STAMP)  ## pytest, two processes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
 
 nbval: $(STAMP)  ## run every notebook; compare the outputs of all but those in tests/notebooks/lax.txt
 	@test -n "$(NOTEBOOKS)" || { echo "no notebooks in notebooks/"; exit 1; }

@@ -9,58 +9,35 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from minimal_aia.bench_command import add_bench
+from minimal_aia.console import Parser, guarded
 from minimal_aia.convert_command import add_convert
 from minimal_aia.evaluation.command import add_evaluate, add_report
 from minimal_aia.evaluation.imported import add_import_scores
 from minimal_aia.lab.sweep_command import add_sweep
 from minimal_aia.profile_command import add_profile
-from minimal_aia.train.command import add_train
-from minimal_aia.train.data_commands import add_check_data, add_prepare
-from minimal_aia.train.export_command import add_export
+from minimal_aia.train.commands import add_check_data, add_export, add_prepare, add_train
 from minimal_aia.train.plan_command import add_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# Errors that our own code raises to tell the user something: their text is the message.
-_EXPECTED = (ValueError, OSError, ImportError, MemoryError)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but with the error alone on one line: the usage is one `--help` away."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a check failed, 2 an error."""
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if args.debug:
-            raise
-        message = str(error).strip()
-        if not isinstance(error, _EXPECTED) or not message:
-            message = f"{type(error).__name__}: {message} (a bug? --debug shows where it came from)"
-        print(f"minimal-aia {args.command}: error: {message}", file=sys.stderr)
-        return 2
+    return guarded(f"minimal-aia {args.command}", lambda: run(args), args.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
     from minimal_aia import __version__
 
-    parser = _Parser(prog="minimal-aia", description="Measure and align cross-modal attention (AIA).")
+    parser = Parser(prog="minimal-aia", description="Measure and align cross-modal attention (AIA).")
     parser.add_argument("--version", action="version", version=f"minimal-aia {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for add in (
         _add_doctor,
         add_profile,
@@ -84,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 # --- doctor -------------------------------------------------------------------------------------------------
 
 
-def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> argparse.ArgumentParser:
+def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> argparse.ArgumentParser:
     command = commands.add_parser(
         "doctor",
         help="say what this machine has and lacks",

@@ -81,14 +81,14 @@ def profile(
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     usable, skipped = _usable(adapter, samples, task)
     plan = _plan(adapter, usable, task, batch_size)
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
 
     parts, key = PartFile(out, rank), ""
     if out is not None:
         images = [path for sample in usable for path in sample.images if isinstance(path, Path)]
         key = fingerprint(adapter.model, _facts(adapter, plan, task, seed), images)
     done = parts.read(key)
-    _barrier()  # every process has read before any writes
+    barrier()  # every process has read before any writes
     parts.start(key)
     mine = {}
     with (
@@ -110,7 +110,7 @@ def profile(
     if out is not None:
         if rank == 0:
             result.save(out)
-        _barrier()  # the table is on disk before any process drops what it was made from
+        barrier()  # the table is on disk before any process drops what it was made from
         if rank == 0:
             parts.remove()
         elif parts.path is not None:
@@ -248,7 +248,8 @@ def _bar(show: bool, batches: list[list[Sample]], task: str, name: str) -> Any:
     return tqdm(total=sum(map(len, batches)), desc=f"{name} {task}", unit="sample", disable=not show)
 
 
-def _rank_and_world() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
+    """Of this process. RuntimeError if torchrun started several that have not found each other."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -259,14 +260,15 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _barrier() -> None:
-    if _rank_and_world()[1] > 1:
+def barrier() -> None:
+    """Wait for all processes, if there are several."""
+    if rank_and_world()[1] > 1:
         torch.distributed.barrier()
 
 
 def _gather(mine: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The records of all processes, on every process."""
-    world = _rank_and_world()[1]
+    world = rank_and_world()[1]
     if world == 1:
         return mine
     everyone: list[Any] = [None] * world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from minimal_aia.data import IMAGE, Sample
+from minimal_aia.models.base import Batch
 from minimal_aia.pictures import PictureBytes
 
 WORDS = "a red circle and two blue squares on white wall the sign says hello".split()
@@ -58,3 +60,9 @@ def content(sample: Sample) -> tuple[Any, ...]:
     """All of a sample but its id, its pictures as bytes: equal for the same sample from any source."""
     pictures = tuple(p.data if isinstance(p, PictureBytes) else p.read_bytes() for p in sample.images)
     return sample.task, sample.turns, pictures, sample.type, sample.source
+
+
+def padding(batches: Mapping[str, Batch]) -> tuple[int, int]:
+    """(tokens, positions) of batches: their difference is padding."""
+    masks = [batch.attention_mask for batch in batches.values()]
+    return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)

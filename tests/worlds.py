@@ -21,7 +21,7 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
-def run_script(script: str, root: Path, *names: str, timeout: float = 400) -> None:
+def run_script(script: str, root: Path, *names: str, timeout: float = 900) -> None:
     """Run a script of tests/distributed. Whatever happens, nothing of it is left after `timeout` seconds."""
     command = [sys.executable, str(Path(__file__).parent / "distributed" / script), str(root), *names]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

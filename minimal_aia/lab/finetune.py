@@ -23,7 +23,7 @@ from minimal_aia.lab.train import data_rng
 from minimal_aia.loss import aia_loss
 from minimal_aia.models.lab import load_lab
 from minimal_aia.targets import StageTargets
-from minimal_aia.train.config import TrainConfig, task_counts, weight_at
+from minimal_aia.train.config import TrainConfig, layer_subset, task_counts, weight_at
 
 FIRST_STEP = 1_000_000  # fine-tuning data start here: pretraining never comes this far
 PROBE_EVERY, PROBE_SIZE = 20, 64
@@ -35,17 +35,6 @@ def step_batches(config: TrainConfig, step: int, codebook: np.ndarray) -> dict[s
         task: draw_batch(task, count, data_rng(config.seed, task, FIRST_STEP + step), codebook)
         for task, count in task_counts(config, step).items()
     }
-
-
-def layer_subset(text: str) -> list[int] | None:
-    """`aia_layers` as 0-based indices, None for all: "0-3,7" is 0, 1, 2, 3, 7."""
-    if text == "all":
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers.update(range(int(first), int(last or first) + 1))
-    return sorted(layers)
 
 
 def task_losses(

@@ -1,4 +1,4 @@
-"""Look at every sample of a recipe's data before a run does: what is bad, how long, how much will be padding.
+"""Look at a recipe's data before a run does: what is bad, how long, how much is padding; a batch in words.
 
 Every sample goes through the model's own processor, as in training, but through no weights.
 """
@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minimal_aia.data import Sample
+from minimal_aia.models.base import Adapter, Batch
 from minimal_aia.pictures import PictureBytes
 from minimal_aia.train.data import MixedBatches
 from minimal_aia.train.order import Order
@@ -35,6 +38,7 @@ KINDS = {
 }
 BINS, BAR = 10, 40  # of the histogram of lengths
 SIMULATED = 400  # micro-batches, at most, to say how much padding there will be
+SHOWN = 300  # characters of a span
 
 
 @dataclass
@@ -93,12 +97,8 @@ def check_data(
         n = source.count()
         complete &= limit is None or n <= limit
         items = _Items(data, task, quick, n if limit is None else min(n, limit))
-        loader = DataLoader(
-            items,
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,
-        )
+        fork = "fork" if workers else None
+        loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=fork)
         table = pd.DataFrame(
             list(tqdm(loader, desc=f"checking {task}", total=len(items), disable=not progress)),
             columns=["id", "reason", "length", "content"],
@@ -204,3 +204,46 @@ def _padding(order: Order, data: MixedBatches, task: str, table: pd.DataFrame) -
 
 def _show(table: pd.DataFrame) -> str:
     return "\n".join(f"  {line}".rstrip() for line in table.to_string().splitlines())
+
+
+# --- the first batch in words -------------------------------------------------------------------------------
+
+
+def preview(adapter: Adapter, batches: Mapping[str, Batch], definition: str = "paper") -> str:
+    """Spans and labels of the first sample of each task, decoded. The adapter needs no weights."""
+    lines = []
+    for task, batch in batches.items():
+        query, key = adapter.spans(batch, definition)
+        labels, real = adapter.label_mask(batch), batch.attention_mask.bool()
+        lines += [
+            f"{task}: {len(batch)} samples of {real.sum(1).min()} to {real.sum(1).max()} tokens, "
+            f"{1 - real.float().mean():.0%} padding, {int(labels.sum())} labels",
+            f"  {batch.ids[0]}",
+        ]
+        ids = batch.inputs["ids" if "ids" in batch.inputs else "input_ids"][0]
+        for name, mask in {"queries": query, "keys": key, "labels": labels, "all": real}.items():
+            lines.append(f"    {name:8}{int(mask[0].sum()):6}  {_words(adapter, ids, mask[0])}".rstrip())
+    return "\n".join(lines)
+
+
+def _words(adapter: Any, ids: Tensor, mask: Tensor) -> str:
+    """The marked ones of a row's tokens [S] as text: runs divided by |, image tokens counted."""
+    from minimal_aia.lab.sequences import FIRST_CODE, WORDS
+
+    lab = adapter.family == "lab"
+
+    def is_image(token: int) -> bool:
+        return token >= FIRST_CODE if lab else token == getattr(adapter, "image_token_id", None)
+
+    def decoded(tokens: list[int]) -> str:
+        return repr(" ".join(WORDS[t] for t in tokens) if lab else str(adapter.tokenizer.decode(tokens)))
+
+    runs = []
+    for marked, run in groupby(zip(ids.tolist(), mask.tolist()), key=lambda pair: pair[1]):
+        if marked:
+            parts = [(image, list(some)) for image, some in groupby((t for t, _ in run), key=is_image)]
+            runs.append(
+                " ".join(f"[{len(some)} image tokens]" if image else decoded(some) for image, some in parts)
+            )
+    text = " | ".join(runs) or "(none)"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"

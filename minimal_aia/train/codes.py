@@ -49,30 +49,24 @@ class CodeStore:
         self.index = read_index(self.folder)
         differ = [key for key, value in facts(adapter).items() if self.index["facts"].get(key) != value]
         if differ:
-            raise ValueError(
-                f"{self.folder}: its codes were made with another {' and '.join(differ)}; run"
-                " `minimal-aia prepare` into a new folder"
-            )
+            raise self._unfit(f"made with another {' and '.join(differ)}")
         self._shards: dict[tuple[str, int], _Shard] = {}
 
     def check_source(self, task: str, source: Source) -> None:
         """ValueError unless the codes were made from these very samples."""
         made = self.index["tasks"].get(task)
         if made is None:
-            raise ValueError(f"{self.folder}: no codes for {task}; run `minimal-aia prepare` for this recipe")
+            raise self._unfit(f"not for {task}")
         if made["fingerprint"] != source.fingerprint:
-            raise ValueError(
-                f"{self.folder}: its codes were made from other data than {source.name} is now; run"
-                " `minimal-aia prepare` again, into a new folder"
-            )
+            raise self._unfit(f"made from other data than {source.name} is now")
 
     def check_model(self, adapter: Adapter) -> None:
         """ValueError if the codes come from another VQ tokenizer than the model has. Needs its weights."""
         if self.index["vq"] != vq_fingerprint(adapter):
-            raise ValueError(
-                f"{self.folder}: its codes come from another VQ tokenizer than {adapter.name}'s; run"
-                " `minimal-aia prepare` with this model, into a new folder"
-            )
+            raise self._unfit(f"from another VQ tokenizer than {adapter.name}'s")
+
+    def _unfit(self, why: str) -> ValueError:
+        return ValueError(f"{self.folder}: codes {why}; run `minimal-aia prepare` into a new folder")
 
     def pictures(self, task: str, i: int) -> tuple[PictureCodes, ...]:
         """The codes of a sample's pictures; none if the sample was left out."""

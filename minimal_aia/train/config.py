@@ -6,7 +6,8 @@ for real models say what differs. `train.recipe` reads and writes YAML and makes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -34,17 +35,13 @@ class TrainConfig:
     seed: int = option(0, "of data order, dropout and new weights")
     max_length: int | None = option(None, "tokens a sample; longer ones are bad samples")
     prompt_dropout: float = option(
-        0.0, "share of generation prompts dropped, for guidance; never in the AIA loss"
+        0.0, "share of prompts dropped for guidance; these are not in the AIA loss"
     )
     on_bad_sample: Literal["skip", "fatal"] = option("skip", "what an unusable sample does at run time")
     dataloader_num_workers: int = option(0, "processes that read and tokenise ahead")
-    length_window: int = option(
-        0, "steps whose samples are sorted by length, so that little is padded; 0: none"
-    )
+    length_window: int = option(0, "steps whose samples are sorted by length against padding; 0: none")
     image_folder: str = option("", "where image paths of the data start; by default each file's own folder")
-    image_fit: Literal["crop", "pad"] = option(
-        "crop", "targets of a square picture model: cut to it, or bars"
-    )
+    image_fit: Literal["crop", "pad"] = option("crop", "square target pictures: cut to size, or with bars")
     image_area: int = option(0, "pixels of Emu3's pictures, about; 0: the processor's own bounds")
     codes: str = option("", "folder of image codes that `minimal-aia prepare` made")
     # AIA
@@ -52,8 +49,7 @@ class TrainConfig:
     aia_weight_generation: float | None = option(None, "λ of this task, if another than aia_weight")
     aia_weight_understanding: float | None = option(None, "λ of this task, if another than aia_weight")
     targets: str = option(
-        "lab",
-        "none, lab, lab-raw, ..., janus-pro, emu3, authors-code, a YAML file; NAME:rescaled fits its depth",
+        "lab", "none, lab, lab-..., janus-pro, emu3, authors-code, a YAML file; NAME:rescaled"
     )
     aia_kind: Literal["huber", "l1", "l2"] = option("huber", "penalty on I − T")
     aia_reduction: Literal["per-sample", "batch-mean", "authors-code"] = option(
@@ -65,7 +61,7 @@ class TrainConfig:
     aia_layers: str = option("all", 'all, or 0-based layers and ranges: "0-3,7"')
     aia_every: int = option(1, "the AIA term in every n-th step only")
     spans: Literal["paper", "predicting", "code"] = option(
-        "paper", "which tokens are queries and keys (code: as released; Janus)"
+        "paper", "what queries and keys are; code: released"
     )
     # optimisation
     learning_rate: float = option(1e-3, "peak of AdamW's learning rate")
@@ -80,31 +76,22 @@ class TrainConfig:
     )
     # what is trained, and in which precision
     freeze: str = option(
-        "vision", "parts left as they are: vision, aligner, generation, language (VQ always is)"
+        "vision", "parts left as they are: vision, aligner, generation, language (VQ always)"
     )
     lora_rank: int = option(0, "rank of LoRA in the language model; 0: full fine-tuning")
     lora_alpha: float = option(32.0, "scale of LoRA: alpha / rank")
     lora_dropout: float = option(0.0, "dropout of LoRA")
-    lora_target_modules: str = option(
-        "all-linear", "all-linear (of the language model), or names: q_proj,v_proj"
-    )
+    lora_target_modules: str = option("all-linear", "all-linear, or names: q_proj,v_proj")
     attention_dropout: float | None = option(None, "while training; none: the model's own (Emu3: 0.1)")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights in memory; LoRA's are float32")
     bf16: bool = option(False, "compute in bfloat16 (autocast), weights as `dtype` says")
-    gradient_checkpointing: bool = option(
-        False, "recompute layers in the backward pass: less memory, more time"
-    )
-    use_liger: bool = option(
-        False, "Liger's fused linear cross-entropy where it is installed and there is a GPU"
-    )
+    gradient_checkpointing: bool = option(False, "recompute layers in backward: less memory, more time")
+    use_liger: bool = option(False, "Liger's cross-entropy kernel, where it is installed and there is a GPU")
     # running
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     num_processes: int | None = option(None, "refuse to run when another number of processes came up")
     full_determinism: bool = option(False, "deterministic kernels only; slower on a GPU")
-    on_nonfinite: Literal["stop", "skip"] = option("stop", "on a nan or infinite loss or gradient")
-    resume: str = option(
-        "no", "no; auto: from the last good checkpoint in output_dir, if any; or a checkpoint"
-    )
+    resume: str = option("no", "no; auto: the last good checkpoint in output_dir, if any; or a checkpoint")
     save_steps: int = option(500, "steps between checkpoints; 0: none but the trained model")
     save_total_limit: int = option(2, "checkpoints kept")
     logging_steps: int = option(10, "steps between log entries")
@@ -127,6 +114,11 @@ class TrainConfig:
         named = dict(zip(TASKS, parts, strict=True))
         return {task: part / sum(parts) for task, part in named.items() if part}
 
+    def generation_share(self) -> Fraction:
+        """Of generation among the samples: exact after any number of them."""
+        generation, understanding = map(Fraction, self.task_ratio.split(":"))
+        return generation / (generation + understanding)
+
     def weights(self) -> dict[str, float]:
         """λ by task, before any schedule."""
         own = {task: getattr(self, f"aia_weight_{task}") for task in TASKS}
@@ -140,8 +132,8 @@ def task_counts(config: TrainConfig, step: int) -> dict[str, int]:
     sample of the ratio and no error adds up. Depends on nothing but the step: the same on every process.
     """
     size = config.per_device_train_batch_size
-    parts = [Fraction(part) for part in config.task_ratio.split(":")]  # exact after any number of samples
-    generation = (step + 1) * size * parts[0] // sum(parts) - step * size * parts[0] // sum(parts)
+    share = config.generation_share()
+    generation = math.floor((step + 1) * size * share) - math.floor(step * size * share)
     counts = {"generation": generation, "understanding": size - generation}
     return {task: count for task, count in counts.items() if count}
 
@@ -162,10 +154,8 @@ def weight_at(config: TrainConfig, step: int, task: str | None = None) -> float:
     if step % config.aia_every:
         return 0.0
     done = step / max(1, config.max_steps - 1)
-    factor = {"constant": 1.0, "warmup": done, "decay": 1.0 - done}
-    if config.aia_schedule not in factor:
-        raise ValueError(f"aia_schedule {config.aia_schedule!r}: choose from {', '.join(factor)}")
-    return (config.weights()[task] if task else config.aia_weight) * factor[config.aia_schedule]
+    factor = {"constant": 1.0, "warmup": done, "decay": 1.0 - done}[config.aia_schedule]
+    return (config.weights()[task] if task else config.aia_weight) * factor
 
 
 def layer_subset(text: str, n_layers: int | None = None) -> list[int] | None:
@@ -186,8 +176,3 @@ def layer_subset(text: str, n_layers: int | None = None) -> list[int] | None:
     if n_layers is not None and max(layers) >= n_layers:
         raise ValueError(f"aia_layers {text!r}: the model's layers are 0 to {n_layers - 1}")
     return sorted(layers)
-
-
-def names(config_class: type = TrainConfig) -> list[str]:
-    """The keys of a recipe, in order."""
-    return [f.name for f in fields(config_class)]

@@ -13,7 +13,6 @@ with `length_window: 16` (tests/train/test_order.py); `check-data` says how much
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,10 +23,11 @@ from torch.utils.data import Dataset, get_worker_info
 
 from minimal_aia.data import Sample, SampleError
 from minimal_aia.models.base import Adapter, Batch
+from minimal_aia.pictures import PictureError
 from minimal_aia.train.codes import CodeStore
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.open_source import STREAM_BLOCK, open_source
-from minimal_aia.train.order import Order, check_even
+from minimal_aia.train.order import Order
 from minimal_aia.train.sources import Source
 
 TRIES = 100  # a place whose sample is bad takes the next good one; after so many bad ones in a row, stop
@@ -60,19 +60,15 @@ class MixedBatches(Dataset):
         self.sources = {task: sources[task] for task in config.shares()}
         self.order = Order.of(config, world_size)
         if config.prompt_dropout and "generation" in self.sources and not adapter.drops_prompts:
-            raise ValueError(
-                f"prompt_dropout {config.prompt_dropout}: the {adapter.family} family drops no prompts; set 0"
-            )
+            raise ValueError(f"prompt_dropout: the {adapter.family} family drops no prompts; set 0")
         for task, source in self.sources.items():
             if codes is not None and self._coded(task):
                 codes.check_source(task, source)
                 source.check = "none"
             window = len(self.order.window_places(task, 0))
             if source.endless and self.order.window > 1 and window > source.block:
-                raise ValueError(
-                    f"length_window {config.length_window}: {window} samples, more than the {source.block}"
-                    " that a stream keeps in memory; lower it"
-                )
+                most = f"more than the {source.block} that a stream keeps in memory; lower it"
+                raise ValueError(f"length_window {config.length_window}: {window} samples, {most}")
         self._arranged: dict[str, tuple[int, list[int]]] = {}
         self._named: set[str] = set()
         # One counter a worker, in shared memory: the trainer's process reads what its workers count.
@@ -96,16 +92,9 @@ class MixedBatches(Dataset):
         """Bad samples that this process and its workers have replaced so far."""
         return int(self._skipped.sum())
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the order of the data: a resumed run compares it with its checkpoint's."""
-        return {
-            "ratio": str(self.order.share),
-            "samples_a_step": self.order.batch * self.order.per_step,
-            "window": self.order.window,
-            "seed": self.order.seed,
-            "prompt_dropout": self.config.prompt_dropout,
-            "sources": {task: [source.fingerprint, source.block] for task, source in self.sources.items()},
-        }
+    def fingerprints(self) -> dict[str, list[Any]]:
+        """What tells the samples of each task from others: a resumed run compares its checkpoint's."""
+        return {task: [source.fingerprint, source.block] for task, source in self.sources.items()}
 
     # ---- which samples ---------------------------------------------------------------------------------
 
@@ -116,12 +105,10 @@ class MixedBatches(Dataset):
     def _window(self, task: str, window: int) -> list[int]:
         """A window's places, sorted once, not for every micro-batch."""
         if self._arranged.get(task, (None,))[0] != window:
-            self._arranged[task] = (
-                window,
-                self.order.arrange(
-                    task, window, lambda place: self.rough_length(task, self._index(task, place))
-                ),
+            arranged = self.order.arrange(
+                task, window, lambda p: self.rough_length(task, self._index(task, p))
             )
+            self._arranged[task] = (window, arranged)
         return self._arranged[task][1]
 
     def _index(self, task: str, place: int) -> int:
@@ -146,17 +133,21 @@ class MixedBatches(Dataset):
         sample = self.sources[task][index]
         if self._coded(task):
             sample = replace(sample, images=self.codes.pictures(task, index))  # type: ignore[union-attr]
-        if (why := self.adapter.why_not(sample, task)) is not None:
+        try:
+            why = self.adapter.why_not(sample, task)
+        except PictureError as error:  # some adapters look at the picture
+            why = str(error)
+        if why is not None:
             raise SampleError(f"{sample.id}: {why}", (f"{sample.id}: {why}",))
         return sample
 
     def _coded(self, task: str) -> bool:
         return self.codes is not None and task in self.adapter.coded_tasks
 
-    def _sample(self, task: str, place: int, tries: int = 0) -> tuple[Sample, int]:
+    def _sample(self, task: str, place: int, tries: int = 0, reason: str = "") -> tuple[Sample, int]:
         """The sample at a place, or the next good one but `tries`; and how many were passed over."""
         source, index = self.sources[task], self._index(task, place)
-        first, reason = index - index % source.block, ""
+        first = index - index % source.block
         for n in range(tries, min(TRIES, source.block)):
             try:
                 sample = self.sample(task, first + (index - first + n) % source.block)
@@ -184,7 +175,7 @@ class MixedBatches(Dataset):
                     return batch
             for row, reason in why.items():
                 self._bad(f"{samples[row].id}: {reason}")
-                found[row] = self._sample(task, places[row], found[row][1] + 1)
+                found[row] = self._sample(task, places[row], found[row][1] + 1, reason)
 
     def _culprits(self, samples: Sequence[Sample], task: str, error: Exception) -> dict[int, str]:
         """Which samples cannot be collated, and why; the error itself if each of them can."""
@@ -215,11 +206,11 @@ class MixedBatches(Dataset):
             log.warning("skipped a bad sample: %s", reason)
 
 
-def data_adapter(config: TrainConfig) -> Adapter:
-    """The model's adapter without its weights: all that batches need, in any number of workers."""
+def data_adapter(config: TrainConfig, device: str = "meta") -> Adapter:
+    """The model's adapter as batches need it: on "meta" without its weights, in any number of workers."""
     from minimal_aia.models import load_adapter
 
-    adapter: Any = load_adapter(config.model, device="meta", dtype=getattr(torch, config.dtype))
+    adapter: Any = load_adapter(config.model, device=device, dtype=getattr(torch, config.dtype))
     adapter.set_pictures(config.image_fit, config.image_area)
     adapter.ends_turns = True
     return adapter
@@ -227,8 +218,6 @@ def data_adapter(config: TrainConfig) -> Adapter:
 
 def open_data(config: TrainConfig, world_size: int = 1, adapter: Adapter | None = None) -> MixedBatches:
     """The data that a recipe names. Every error a user can make is raised here, before training starts."""
-    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
-        check_even(config, world_size)
     specs = {task: getattr(config, f"{task}_data") for task in config.shares()}
     if lab := [task for task, spec in specs.items() if spec == "lab"]:
         raise ValueError(f"{lab[0]}_data lab: endless scenes are for both tasks or none")
@@ -236,9 +225,3 @@ def open_data(config: TrainConfig, world_size: int = 1, adapter: Adapter | None 
     adapter = adapter or data_adapter(config)
     codes = CodeStore(config.codes, adapter) if config.codes else None
     return MixedBatches(config, sources, adapter, world_size, codes)
-
-
-def padding(batches: Mapping[str, Batch]) -> tuple[int, int]:
-    """(tokens, positions) of batches: their difference is padding."""
-    masks = [batch.attention_mask for batch in batches.values()]
-    return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)

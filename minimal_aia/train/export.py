@@ -18,7 +18,9 @@ global_step*/                   DeepSpeed ZeRO-1 to 3 (put together by DeepSpeed
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,11 +35,11 @@ from minimal_aia.train import checkpoints as ck
 from minimal_aia.train import sharded
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.module import TRAINED, SFTModule
-from minimal_aia.train.parts import merged
+from minimal_aia.train.parts import merged, untie
 
 _PEFT, _FULL_FSDP = "adapter_config.json", "pytorch_model_fsdp.bin"
 # What wrappers put into the names of what they wrap.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _SIDE = "other_layout"  # of `minimal_aia.models.convert`
 
 
@@ -70,12 +72,12 @@ def export(
     out = Path(out)
     folder = _newest(Path(checkpoint), notes)
     kind, recipe = _kind(folder), _recipe(folder)
-    name = base or recipe.get("model") or _stated_base(folder)
+    name = base or recipe.get("model") or _stated_base(folder, kind)
     if name is None:
         raise ValueError(f"{folder}: does not say which model it is of; give --base, its folder or hub id")
     with new_path(out) as part:
         adapter, state = _read(folder, kind, name, recipe, getattr(torch, dtype) if dtype else None)
-        notes += _untie(adapter.model, state)
+        notes += untie(adapter.model, state)
         adapter.save(part, state)
         for card in (folder / "README.md", folder.parent / "README.md"):
             if card.is_file() and not (part / "README.md").exists():
@@ -99,9 +101,7 @@ def _newest(folder: Path, notes: list[str]) -> Path:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     """The configuration of the run, if this library wrote the checkpoint."""
-    if not (folder / ck.MANIFEST).is_file():
-        return {}
-    return dict(ck.read_manifest(folder).get("config") or {})
+    return ck.read_manifest(folder).get("config", {}) if (folder / ck.MANIFEST).is_file() else {}
 
 
 def _kind(folder: Path) -> str:
@@ -114,8 +114,8 @@ def _kind(folder: Path) -> str:
     return "deepspeed" if sharded.is_deepspeed(folder) else "plain"
 
 
-def _stated_base(folder: Path) -> str | None:
-    if (folder / _PEFT).is_file():
+def _stated_base(folder: Path, kind: str) -> str | None:
+    if kind == "peft":
         return read_json(folder / _PEFT).get("base_model_name_or_path")
     return str(folder) if (folder / "config.json").is_file() else None
 
@@ -141,11 +141,10 @@ def _read(
             scale = recipe["lora_alpha"] / rank if rank else None
             state = _by_name(adapter.model, folder, *_source(folder, kind, cast), scale)
     state = {name: cast(tensor) for name, tensor in state.items()}
-    sizes: dict[torch.dtype, int] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for tensor in state.values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    adapter.model.to(max(sizes, key=sizes.__getitem__))  # what its configuration will say
+        sizes[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
+    adapter.model.to(sizes.most_common(1)[0][0])  # what its configuration will say
     return adapter, state
 
 
@@ -162,7 +161,7 @@ def _peft(adapter: Any, folder: Path) -> dict[str, Tensor]:
 
 
 def _lora(adapter: Any, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
-    known = {f.name for f in fields(TrainConfig)}
+    known = {f.name for f in fields(TrainConfig)}  # another version may have known more
     config = TrainConfig(**{key: value for key, value in recipe.items() if key in known})
     module = SFTModule(adapter, config, None)
     module.load(folder)
@@ -206,7 +205,7 @@ def _by_name(
 ) -> dict[str, Tensor]:
     """The tensors that are the model's, whatever module was around it; LoRA merged. ValueError if not all."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    plain = {name: _plain(name) for name in shapes}
+    plain = {name: _WRAPPERS.sub("", name) for name in shapes}
     prefix = _prefix(folder, plain.values(), wanted)
     mine = {name: p.removeprefix(prefix) for name, p in plain.items() if p.startswith(prefix)}
     found = {
@@ -222,12 +221,6 @@ def _by_name(
     return merged(state, lora_scale or 0.0) if has_lora else state
 
 
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def _prefix(folder: Path, names: Any, wanted: Mapping[str, Any]) -> str:
     """What stands before the model's own names in a checkpoint: "", "model.", "model.model.", ..."""
     anchor = max(wanted, key=len)
@@ -240,17 +233,3 @@ def _prefix(folder: Path, names: Any, wanted: Mapping[str, Any]) -> str:
         said = f"holds the model more than once, under {many}" if many else f"has no weight {anchor}"
         raise ValueError(f"{folder}: {said}; is it a checkpoint of this model?")
     return str(prefixes.pop())
-
-
-def _untie(model: Any, state: dict[str, Tensor]) -> list[str]:
-    """Write tied weights once; and if training had two unlike ones, say so in the configuration."""
-    notes = []
-    for target, source in model.all_tied_weights_keys.items():
-        if target not in state:
-            continue
-        if torch.equal(state[target], state[source]):
-            del state[target]
-        else:
-            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-            notes.append(f"{target} and {source} differ: wrote tie_word_embeddings=false")
-    return notes

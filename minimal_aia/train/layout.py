@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from minimal_aia.console import nearest
 
 GIB = 2**30
 MFU = 0.35  # share of the peak that plans assume, unless told otherwise
@@ -50,7 +52,9 @@ def find_gpu(name: str) -> Gpu:
     except ValueError:
         memory = 0.0
     if not 0 < memory < 10_000:
-        raise ValueError(f"gpu {name!r}: choose from {', '.join(GPUS)}, or give its memory, like 24GB")
+        raise ValueError(
+            f"gpu {name!r}: choose from {', '.join(GPUS)}, or give its memory, like 24GB{nearest(key, GPUS)}"
+        )
     return Gpu(f"{memory:g} GB", memory, None)
 
 
@@ -85,7 +89,9 @@ class Layout:
     def of(cls, sharding: str, world: int = 1, shard: int | None = None) -> Layout:
         """ValueError if it does not add up. shard: for hsdp, by default 8, the GPUs of a node."""
         if sharding not in SHARDINGS:
-            raise ValueError(f"sharding {sharding!r}: choose from {', '.join(SHARDINGS)}")
+            raise ValueError(
+                f"sharding {sharding!r}: choose from {', '.join(SHARDINGS)}{nearest(sharding, SHARDINGS)}"
+            )
         if world < 1:
             raise ValueError(f"world_size {world}: must be at least 1")
         if sharding == "none" and world > 1:
@@ -94,12 +100,6 @@ class Layout:
         if world % wanted:
             raise ValueError(f"hsdp: {world} processes are not whole copies of {wanted}")
         return cls(sharding, world, wanted)
-
-    def grown(self, times: int) -> Layout:
-        """The same on more GPUs; what stood alone is then sharded."""
-        if self.sharding in ("none", "ddp"):
-            return Layout.of("fsdp2", self.world * times)
-        return Layout.of(self.sharding, self.world * times, self.shard if self.sharding == "hsdp" else None)
 
     def __str__(self) -> str:
         gpus = f"{self.world} GPU{'s' if self.world > 1 else ''}"
@@ -114,12 +114,14 @@ def read_layout(path: str | Path, world: int | None = None) -> Layout:
 
     world: processes, if another number than the file's is started. ValueError if accelerate refuses the file.
     """
+    import yaml
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
         config: Any = load_config_from_file(str(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a configuration of accelerate ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a configuration of accelerate ({reason})") from None
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     world = world or max(1, config.num_processes)
     if kind == "DEEPSPEED":
@@ -163,12 +165,3 @@ def running_layout() -> Layout:
         replicate = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1)
         return Layout.of("hsdp" if replicate > 1 else "fsdp2", world, world // replicate)
     return Layout.of("ddp", world)
-
-
-def with_world(layout: Layout, world: int) -> Layout:
-    """The same kind of layout on another number of GPUs."""
-    if layout.sharding == "hsdp":
-        return Layout.of("hsdp", world, layout.shard)
-    if layout.sharding == "none" and world > 1:
-        return Layout.of("ddp", world)
-    return replace(Layout.of(layout.sharding, world))

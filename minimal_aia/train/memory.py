@@ -10,8 +10,7 @@ from minimal_aia.train.activations import Lora, Precision, Rows
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.label_loss import LOGITS_AT_ONCE
 from minimal_aia.train.layout import Layout
-from minimal_aia.train.shapes import Shape
-from minimal_aia.train.weights import Weights
+from minimal_aia.train.shapes import Shape, Weights
 
 LIVE = 500_000_000  # stage3_max_live_parameters of recipes/zero3.json: numbers gathered at once
 BUCKETS = 100_000_000  # its reduce and prefetch buckets together

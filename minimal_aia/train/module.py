@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minimal_aia.capture import capture
+from minimal_aia.console import nearest
 from minimal_aia.loss import aia_loss
 from minimal_aia.models.base import Adapter, Batch
-from minimal_aia.targets import StageTargets
+from minimal_aia.targets import PRESETS, StageTargets
 from minimal_aia.train.config import TrainConfig, layer_subset
 from minimal_aia.train.label_loss import label_loss
-from minimal_aia.train.parts import add_lora, freeze, merged
+from minimal_aia.train.parts import add_lora, freeze, merged, untie
 
 TRAINED = "trained.safetensors"  # in a LoRA checkpoint: what is trained, and nothing else
 
@@ -182,9 +183,7 @@ class SFTModule(nn.Module):
         found = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
         wrong = {n for n in found if n not in mine or [*mine[n].shape] != found[n].get_slice(n).get_shape()}
         if wrong := wrong | (wanted - found.keys()):
-            raise ValueError(
-                f"{folder}: another model's checkpoint: {len(wrong)} weights, first {min(wrong)}"
-            )
+            raise ValueError(f"{folder}: another model's checkpoint ({len(wrong)} weights, as {min(wrong)})")
         for name, file in found.items():
             mine[name].copy_(file.get_tensor(name))  # one by one: a second copy of the model need not fit
 
@@ -193,10 +192,7 @@ class SFTModule(nn.Module):
         state = _without_prefix(self.state_dict() if state_dict is None else state_dict)
         if self.recipe.lora_rank:
             state = merged(state, self.recipe.lora_alpha / self.recipe.lora_rank)
-        # Gathered from shards, tied weights are two tensors. A folder holds them once.
-        for copy, source in self.model.all_tied_weights_keys.items():
-            if copy in state and torch.equal(state[copy], state[source]):
-                del state[copy]
+        untie(self.model, state)
         self.adapter.save(folder, state)
 
     def _touch_the_rest(self, loss: Tensor, batches: Mapping[str, Batch]) -> Tensor:
@@ -263,6 +259,7 @@ def resolve_targets(config: TrainConfig, n_layers: int) -> StageTargets | None:
         except FileNotFoundError:
             raise ValueError(
                 f"targets {name!r}: no such file, and not one of lab, lab-..., janus-pro, emu3, authors-code"
+                + nearest(name, ("lab", *PRESETS))
             ) from None
     for task in config.shares():
         if config.weights()[task]:

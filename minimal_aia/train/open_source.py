@@ -25,9 +25,7 @@ def open_source(spec: str, task: str, folder: str | Path | None = None, block: i
         raise FileNotFoundError(f"{folder}: no such folder of images")
     if path.suffix in (".jsonl", ".json"):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such sample file (one JSON object a line, see data_samples/)"
-            )
+            raise FileNotFoundError(f"{path}: no such sample file (see data_samples/ for the layout)")
         if streaming:
             raise ValueError(f"{spec}: JSON lines need no streaming, they are read one at a time anyway")
         return (LineSource if path.suffix == ".jsonl" else ListSource)(path, task, root)
@@ -71,8 +69,6 @@ def _open(spec: str, streaming: bool) -> Any:
         raise ValueError(f"{spec}: not a complete folder of save_to_disk ({error})") from error
     if isinstance(table, datasets.DatasetDict):
         if "train" not in table:
-            raise ValueError(
-                f"{spec}: no split train, only {', '.join(table)}; give the folder of one of them"
-            )
+            raise ValueError(f"{spec}: no split train; give the folder of one of {', '.join(table)}")
         table = table["train"]
     return table.to_iterable_dataset() if streaming else table

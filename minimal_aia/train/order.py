@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from minimal_aia.train.config import TASKS, TrainConfig, micro_batch
+from minimal_aia.train.config import TASKS, TrainConfig
 
 SHUFFLE, BUCKETS, DROPOUT = range(3)  # what a random stream is for
 
@@ -37,9 +37,8 @@ class Order:
 
     @classmethod
     def of(cls, config: TrainConfig, world_size: int = 1) -> Order:
-        generation, understanding = map(Fraction, config.task_ratio.split(":"))
         return cls(
-            generation / (generation + understanding),
+            config.generation_share(),
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps * world_size,
             max(1, config.length_window),
@@ -99,24 +98,6 @@ class Order:
     def drops(self, place: int, share: float) -> bool:
         """Whether the generation prompt at a place is dropped: by sample and epoch, that is, by place."""
         return share > 0 and random(self.seed, DROPOUT, "generation", place).random() < share
-
-
-def check_even(config: TrainConfig, world_size: int, steps: int = 100) -> None:
-    """ValueError if at some time one process would run a task fewer than another.
-
-    Models sharded over processes (FSDP, ZeRO) gather every layer in every pass: a process with one pass more
-    would wait for the others forever.
-    """
-    order, accumulation = Order.of(config, world_size), config.gradient_accumulation_steps
-    for step in range(min(steps, config.max_steps)):
-        for micro in range(accumulation):
-            numbers = [micro_batch(config, step, micro, rank, world_size) for rank in range(world_size)]
-            if len({sum(bool(order.stretch(task, n)) for task in TASKS) for n in numbers}) > 1:
-                raise ValueError(
-                    f"task_ratio {config.task_ratio} with per_device_train_batch_size {order.batch}: in step"
-                    f" {step} some processes would run one task and others both, and a sharded model would"
-                    " wait forever; choose a batch size that the ratio divides"
-                )
 
 
 def random(seed: int, purpose: int, task: str, number: int) -> np.random.Generator:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minimal_aia.console import nearest
 from minimal_aia.train.config import TASKS, TrainConfig
 
 PARTS = {
@@ -38,7 +39,8 @@ def freeze(model: Any, parts: str, tasks: Collection[str] = TASKS) -> list[nn.Mo
     """
     names = {"vq", *(name.strip() for name in parts.split(",") if name.strip())}
     if unknown := sorted(names - PARTS.keys()):
-        raise ValueError(f"freeze: there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+        close = nearest(unknown[0], PARTS)
+        raise ValueError(f"freeze: there is no part {unknown[0]!r}; choose from {', '.join(PARTS)}{close}")
     inner = model.model
     unused = [attribute for task in TASKS if task not in tasks for attribute in ONLY[task]]
     wanted = [*unused, *(attribute for name in sorted(names) for attribute in PARTS[name])]
@@ -72,26 +74,13 @@ def add_lora(model: Any, layers: list[nn.Module], config: TrainConfig) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     prefix = next(name for name, module in model.named_modules() if module is layers[0]).rpartition(".")[0]
-    linear = {n.rpartition(".")[2] for n, m in layers[0].named_modules() if isinstance(m, nn.Linear)}
-    asked = {name.strip() for name in config.lora_target_modules.split(",")}
-    wanted = linear if asked == {"all-linear"} else asked
-    if unknown := sorted(wanted - linear):
-        raise ValueError(
-            f"lora_target_modules: no linear module {unknown[0]!r} in the decoder layers;"
-            f" choose all-linear or some of {', '.join(sorted(linear))}"
-        )
-    whole = [
-        p
-        for part in ("aligner", "generation")
-        for name in PARTS[part]
-        for p in getattr(getattr(model.model, name, None), "parameters", list)()
-        if p.requires_grad
-    ]
+    names = "|".join(lora_targets(layers[0], config.lora_target_modules))
+    whole = [p for p in beside_language(model) if p.requires_grad]
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=rf"{re.escape(prefix)}\.\d+\..*\b({'|'.join(sorted(wanted))})",
+        target_modules=rf"{re.escape(prefix)}\.\d+\..*\b({names})",
     )
     inject_adapter_in_model(settings, model)  # also freezes everything else
     for p in whole:
@@ -99,6 +88,26 @@ def add_lora(model: Any, layers: list[nn.Module], config: TrainConfig) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad and (config.bf16 or ".lora_" in name):
             p.data = p.data.float()
+
+
+def lora_targets(layer: nn.Module, asked: str) -> dict[str, nn.Linear]:
+    """The linear modules of a decoder layer that `lora_target_modules` names, by name."""
+    linear = {n.rpartition(".")[2]: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    if asked.strip() == "all-linear":
+        return linear
+    wanted = {name.strip() for name in asked.split(",")}
+    if unknown := sorted(wanted - linear.keys()):
+        raise ValueError(
+            f"lora_target_modules: no linear module {unknown[0]!r} in the decoder layers;"
+            f" choose all-linear or some of {', '.join(linear)}"
+        )
+    return {name: module for name, module in linear.items() if name in wanted}
+
+
+def beside_language(model: Any) -> list[nn.Parameter]:
+    """The weights of aligners and of what draws, which a LoRA run trains in full."""
+    parts = [getattr(model.model, name, None) for part in ("aligner", "generation") for name in PARTS[part]]
+    return [p for part in parts if part is not None for p in part.parameters()]
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -114,3 +123,17 @@ def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
                 tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
         plain[name.replace(".base_layer.", ".")] = tensor
     return plain
+
+
+def untie(model: Any, state: dict[str, Tensor]) -> list[str]:
+    """Keep tied weights once; if training had two unlike ones, say so in the configuration and in a note."""
+    notes = []
+    for target, source in model.all_tied_weights_keys.items():
+        if target not in state:
+            continue
+        if torch.equal(state[target], state[source]):
+            del state[target]
+        else:
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+            notes.append(f"{target} and {source} differ: wrote tie_word_embeddings=false")
+    return notes

@@ -1,6 +1,6 @@
 """Memory and time of a run before anyone rents a GPU: `minimal-aia plan RECIPE`.
 
-    print(plan_text(config, world_size=8, sharding="fsdp2", gpu="h100"))
+    print(plan_text(config, Layout.of("fsdp2", 8), "h100"))
 
 Memory is followed through an optimizer step, in bytes a GPU, and its peak is the highest of these moments:
 
@@ -45,8 +45,7 @@ from minimal_aia.train.activations import Rows
 from minimal_aia.train.config import TrainConfig, task_counts
 from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, find_gpu
 from minimal_aia.train.memory import compared, moments, on_disk, total
-from minimal_aia.train.shapes import Shape, read_shape
-from minimal_aia.train.weights import Weights, count_weights
+from minimal_aia.train.shapes import Shape, Weights, count_weights, read_shape
 from minimal_aia.train.work import Work, work_of
 
 if TYPE_CHECKING:
@@ -78,9 +77,7 @@ class Lengths:
         fixed = shape.image_tokens + self.template
         bound = config.max_length if longest and config.max_length else 0
         if 0 < bound <= fixed:
-            raise ValueError(
-                f"max_length {bound}: a picture and the chat format take {fixed} tokens; no sample would fit"
-            )
+            raise ValueError(f"max_length {bound}: a picture and the chat format alone take {fixed} tokens")
         text = self.prompt if task == "generation" else self.question + self.answer
         length = bound or fixed + text
         answers = length - fixed if bound else self.answer
@@ -137,11 +134,8 @@ class Plan:
     @property
     def step_seconds(self) -> float | None:
         """None for a GPU of which only the memory is known."""
-        return (
-            None
-            if self.gpu.teraflops is None
-            else self.work.executed / (self.mfu * self.gpu.teraflops * 1e12)
-        )
+        peak = self.gpu.teraflops
+        return None if peak is None else self.work.executed / (self.mfu * peak * 1e12)
 
     @property
     def hours(self) -> float | None:

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
+from minimal_aia.console import not_negative, number, positive
 from minimal_aia.train.layout import GPUS, MFU, SHARDINGS, Layout
-from minimal_aia.train.recipe import add_options, types
+from minimal_aia.train.recipe import add_options, recipe_of
 
 HELP = """\
 Say what a training run will take: memory on each GPU part by part, whether it fits, what to change if not
@@ -23,9 +24,9 @@ Several values, separated by commas, give one line a combination:
 
   minimal-aia plan recipes/janus_pro_7b.yaml --world-size 8,16,64 --sharding fsdp2,zero3 --gpu h100,h200
 
-The figures are formulas. For small models on a CPU the memory is within 10 % of the tensors that PyTorch
-allocated (benchmarks/results/plan_check.json); no GPU has confirmed it, nor the time. Their assumptions are in
-minimal_aia/train/plan.py. Exit code 1: it does not fit."""
+The figures are formulas; minimal_aia/train/plan.py has their assumptions. For small models on a CPU the
+memory is within 10 % of the tensors that PyTorch allocated (benchmarks/results/plan_check.json); no GPU has
+confirmed it, nor the time. Exit code 1: it does not fit."""
 
 LENGTHS = {
     "prompt": "of a generation prompt",
@@ -48,11 +49,11 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     add("--accelerate", metavar="FILE", help="take processes and sharding from this accelerate configuration")
     add("--world-size", metavar="N", help="processes, one a GPU (default: of --accelerate, or 1)")
     add("--sharding", metavar="HOW", help=f"{', '.join(SHARDINGS)} (default: none, or ddp for several)")
-    add("--shard-size", type=int, metavar="N", help="hsdp: GPUs that hold one copy together (default 8)")
+    add("--shard-size", type=positive, metavar="N", help="hsdp: GPUs that hold one copy together (default 8)")
     add("--gpu", default="h100", help=f"{', '.join(GPUS)}, or a memory such as 24GB (default h100)")
-    add("--mfu", type=float, default=MFU, help=f"share of the GPU's peak that is reached (default {MFU})")
+    add("--mfu", type=number, default=MFU, help=f"share of the GPU's peak that is reached (default {MFU})")
     for name, what in LENGTHS.items():
-        add(f"--{name}-tokens", dest=name, type=int, metavar="N", help=f"usual length {what}")
+        add(f"--{name}-tokens", dest=name, type=not_negative, metavar="N", help=f"usual length {what}")
     add("--json", action="store_true", help="print everything as JSON: bytes and seconds")
     add("--table", action="store_true", help="print the Markdown table of recipes/README.md (no RECIPE)")
     add_options(command)
@@ -62,35 +63,28 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from minimal_aia.train.plan import Lengths, plan
-    from minimal_aia.train.plan_report import short_table, text, values
-    from minimal_aia.train.recipe import read_recipe
+    from minimal_aia.train.plan_report import short_table, table, text, values
     from minimal_aia.train.remedies import remedies
 
     if args.table:
-        from minimal_aia.train.recipe_table import table
-
         print(table(), end="")
         return 0
     if args.recipe is None:
         raise ValueError("give a recipe, or --table")
-    config = read_recipe(args.recipe, {key: value for key, value in vars(args).items() if key in types()})
+    config = recipe_of(args)
     layouts = layouts_of(args.accelerate, args.world_size, args.sharding, args.shard_size)
     gpus = [name.strip() for name in args.gpu.split(",")]
     lengths = Lengths(**{name: n for name in LENGTHS if (n := getattr(args, name)) is not None})
     options: dict[str, Any] = {"mfu": args.mfu, "lengths": lengths}
     plans = [plan(config, layout, gpu, **options) for layout in layouts for gpu in gpus]
     if len(plans) > 1:
-        if args.json:
-            print(json.dumps([values(found) for found in plans], indent=1))
-        else:
-            print(short_table(plans))
+        print(json.dumps([values(found) for found in plans], indent=1) if args.json else short_table(plans))
         return 0
+    (found,) = plans
     changes = remedies(config, layouts[0], gpus[0], **options)
-    if args.json:
-        print(json.dumps(values(plans[0], changes), indent=1))
-    else:
-        print(text(plans[0], changes, config.save_total_limit))
-    return 0 if plans[0].fits else 1
+    shown = values(found, changes) if args.json else text(found, changes, config.save_total_limit)
+    print(json.dumps(shown, indent=1) if args.json else shown)
+    return 0 if found.fits else 1
 
 
 def layouts_of(
@@ -113,6 +107,8 @@ def layouts_of(
 
 
 def _size(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"--world-size {text.strip()!r}: expected whole numbers from 1 on, like 8,64")
+    if not text.strip().isdecimal() or not 1 <= int(text) <= 10**6:
+        raise ValueError(
+            f"--world-size {text.strip()!r}: expected whole numbers from 1 to 1000000, like 8,64"
+        )
     return int(text)

@@ -1,14 +1,19 @@
-"""A plan in words, and as plain values."""
+"""A plan in words, as plain values, and the plans of all recipes as the table of recipes/README.md."""
 
 from __future__ import annotations
 
+import argparse
+import re
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from minimal_aia.train.config import TrainConfig
-from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, local_gpu, running_layout, with_world
-from minimal_aia.train.plan import FRAGMENTATION, RESERVE, Lengths, Plan, plan
+from minimal_aia.train.layout import GIB, Gpu, Layout, local_gpu, read_layout, running_layout
+from minimal_aia.train.plan import FRAGMENTATION, RESERVE, Plan, plan
+from minimal_aia.train.recipe import add_options, read_recipe
 from minimal_aia.train.remedies import Remedy, remedies
 from minimal_aia.train.shapes import UnknownModel
 
@@ -21,31 +26,18 @@ MOMENTS = {
 }
 
 
-def plan_text(
-    config: TrainConfig,
-    world_size: int | None = None,
-    sharding: str | None = None,
-    gpu: str | Gpu | None = None,
-    mfu: float = MFU,
-    lengths: Lengths | None = None,
-) -> str:
+def plan_text(config: TrainConfig, layout: Layout | None = None, gpu: str | Gpu | None = None) -> str:
     """The plan of a run, with what to change if it does not fit; or why there is none for this kind of model.
 
-    world_size, sharding: by default those of the processes that run now (torchrun, `accelerate launch`).
-    gpu: by default this machine's own, or an H100 if it has none.
+    layout: by default that of the processes that run now (torchrun, `accelerate launch`). gpu: by default
+    this machine's own, or an H100 if it has none.
     """
-    gpu = gpu or local_gpu() or "h100"
-    layout = running_layout()
-    if sharding:
-        layout = Layout.of(sharding, world_size or layout.world)
-    elif world_size:
-        layout = with_world(layout, world_size)
-    options: dict[str, Any] = {"mfu": mfu, "lengths": lengths}
+    layout, gpu = layout or running_layout(), gpu or local_gpu() or "h100"
     try:
-        found = plan(config, layout, gpu, **options)
+        found = plan(config, layout, gpu)
     except UnknownModel as error:
         return f"none: {error}"
-    return text(found, remedies(config, layout, gpu, **options), config.save_total_limit)
+    return text(found, remedies(config, layout, gpu), config.save_total_limit)
 
 
 def text(found: Plan, changes: Sequence[Remedy] = (), checkpoints: int = 1) -> str:
@@ -142,9 +134,7 @@ def disk(found: Plan, checkpoints: int = 1) -> str:
 def values(found: Plan, changes: Sequence[Remedy] = ()) -> dict[str, Any]:
     """Everything as plain values, bytes and seconds; for --json."""
     return {
-        **{key: value for key, value in asdict(found).items() if key not in ("layout", "gpu")},
-        "layout": asdict(found.layout),
-        "gpu": asdict(found.gpu),
+        **asdict(found),
         "peak": found.peak,
         "peak_moment": found.moment,
         "needed": found.needed,
@@ -181,3 +171,88 @@ def short_table(plans: Sequence[Plan]) -> str:
             line += f"{p.step_seconds:12.2f}{rate:12,.0f}{p.steps * p.step_seconds / 3600:12,.1f}"
         lines.append(line)
     return "\n".join(lines)
+
+
+# --- the recipes' table -------------------------------------------------------------------------------------
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MEMORY = re.compile(r"Memory: (?P<gib>[\d.]+) GiB on each of (?P<world>\d+) (?P<gpu>\w[\w-]*)")
+COMMAND = re.compile(r" {3,}\S")
+
+
+@dataclass(frozen=True)
+class Header:
+    """what: the first sentence. commands: in order. gpu, world, gib: of the Memory line, if there is one."""
+
+    what: str
+    commands: tuple[str, ...]
+    gpu: str = ""
+    world: int = 1
+    gib: float = 0.0
+
+
+def read_header(path: Path) -> Header:
+    """The opening comments of a recipe. ValueError if they do not say what it is for and how to run it."""
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines += [] if line.startswith("#!") else [line[1:]]
+    commands = tuple(line.strip() for line in lines if COMMAND.match(line))
+    prose = " ".join(line.strip() for line in lines if not COMMAND.match(line))
+    what = re.split(r"(?<=\.)\s", prose, maxsplit=1)[0].rstrip(".:")
+    if not what or not commands:
+        raise ValueError(f"{path}: opens without a comment that says what it is for, and a command below it")
+    if found := MEMORY.search(prose):
+        return Header(what, commands, found["gpu"], int(found["world"]), float(found["gib"]))
+    return Header(what, commands)
+
+
+def is_training(path: Path) -> bool:
+    """Whether a YAML file is a training recipe, and not a configuration of accelerate."""
+    return "\nmodel:" in "\n" + path.read_text(encoding="utf-8")
+
+
+def recipes(training: bool, folder: Path = RECIPES) -> list[Path]:
+    """The training recipes, or the configurations for `accelerate launch`."""
+    return [path for path in sorted(folder.glob("*.yaml")) if is_training(path) == training]
+
+
+def parse_command(command: str) -> tuple[Path, Path | None, dict[str, Any]]:
+    """(training recipe, accelerate configuration, options) of a recipe's command."""
+    words = shlex.split(command)
+    files = [RECIPES / Path(word).name for word in words if word.endswith(".yaml")]
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    end = max(i for i, word in enumerate(words) if word.endswith(".yaml")) + 1
+    return files[-1], files[0] if len(files) > 1 else None, vars(parser.parse_args(words[end:]))
+
+
+def planned(path: Path) -> Plan:
+    """The plan of what the first command in a recipe's comments starts, on the GPUs of its Memory line."""
+    header = read_header(path)
+    recipe, launch, options = parse_command(header.commands[0])
+    if launch is None:
+        layout = Layout.of("ddp" if header.world > 1 else "none", header.world)
+    else:
+        layout = read_layout(launch, header.world if header.gpu else None)
+    return plan(read_recipe(recipe, options), layout, header.gpu or "h100")
+
+
+def table() -> str:
+    """Markdown: training recipes with their plans, then configurations for `accelerate launch`."""
+    lines = ["| recipe | for | planned on | needed on each GPU | time |", "|---|---|---|---|---|"]
+    for path in recipes(training=True):
+        header = read_header(path)
+        if not header.gpu:
+            lines.append(f"| [{path.name}]({path.name}) | {header.what} | a laptop | - | - |")
+            continue
+        found = planned(path)
+        time = "-" if found.hours is None else f"{found.hours:,.0f} h for {found.steps:,} steps"
+        needed = f"{found.needed / GIB:.1f} of {found.gpu.memory:g} GiB"
+        on = f"{found.layout} ({found.gpu.name})"
+        lines.append(f"| [{path.name}]({path.name}) | {header.what} | {on} | {needed} | {time} |")
+    lines += ["", "| for `accelerate launch` | what it does | as written |", "|---|---|---|"]
+    for path in recipes(training=False):
+        lines.append(f"| [{path.name}]({path.name}) | {read_header(path).what} | {read_layout(path)} |")
+    return "\n".join(lines) + "\n"

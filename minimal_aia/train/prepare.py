@@ -13,17 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from minimal_aia.data import Sample, SampleError
 from minimal_aia.models.base import Adapter
 from minimal_aia.pictures import PictureCodes
+from minimal_aia.profiles import barrier, rank_and_world
 from minimal_aia.resume import PartFile
 from minimal_aia.train.codes import FORMAT, INDEX, damage, facts, read_index, vq_fingerprint, write_shard
 from minimal_aia.train.sources import Source
-
-SHARD = 1024  # samples
 
 
 def prepare(
@@ -31,7 +29,7 @@ def prepare(
     sources: Mapping[str, Source],
     out: str | Path,
     batch_size: int = 8,
-    shard_size: int = SHARD,
+    shard_size: int = 1024,
     on_bad_sample: str = "skip",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -56,22 +54,18 @@ def prepare(
         "vq": vq_fingerprint(adapter),
         "facts": facts(adapter),
         "tasks": {
-            task: {
-                "source": s.name,
-                "fingerprint": s.fingerprint,
-                "samples": len(s),
-                "shard_size": shard_size,
-            }
-            for task, s in sources.items()
+            t: {"source": s.name, "fingerprint": s.fingerprint, "samples": len(s), "shard_size": shard_size}
+            for t, s in sources.items()
         },
     }
     out.mkdir(parents=True, exist_ok=True)
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     parts = PartFile(out / INDEX, rank)
     key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     shards = [(task, k) for task, s in sources.items() for k in range(-(-len(s) // shard_size))]
-    done = {n: entry for n, entry in _done(out, made, parts, key, shards).items() if _whole(out, entry)}
-    _barrier()  # every process has read before any writes
+    done = _done(out, made, parts, key, shards)
+    done = {n: entry for n, entry in done.items() if not damage(out / entry["file"], entry["sha256"])}
+    barrier()  # every process has read before any writes
     todo = [n for n in range(len(shards)) if n not in done]
     if todo:
         parts.start(key)
@@ -81,7 +75,7 @@ def prepare(
         codes, skipped = _encode(adapter, sources[task], task, k, shard_size, batch_size, on_bad_sample)
         entry = write_shard(out / f"{task}-{k:05d}.safetensors", codes)
         parts.append({"batch": n, **entry, "skipped": skipped})
-    _barrier()
+    barrier()
     if todo:
         done |= {n: _entry(record) for n, record in parts.read(key).items() if n in todo}
         for task in sources:
@@ -90,7 +84,7 @@ def prepare(
         if rank == 0:
             _write_index(out, made)
             parts.remove()
-        _barrier()
+        barrier()
     return read_index(out)
 
 
@@ -103,19 +97,13 @@ def _done(
     index = read_index(out)
     plain = {t: {k: v for k, v in task.items() if k != "shards"} for t, task in index["tasks"].items()}
     if {**index, "tasks": plain} != made:
-        raise ValueError(
-            f"{out}: holds codes of other data, another model or shards of another size; choose a new folder"
-        )
+        raise ValueError(f"{out}: codes of other data, another model or shard size; choose a new folder")
     finished = {n: index["tasks"][task]["shards"][k] for n, (task, k) in enumerate(shards)}
     return finished | {n: _entry(record) for n, record in parts.read(key).items()}
 
 
 def _entry(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "batch"}
-
-
-def _whole(out: Path, entry: Mapping[str, Any]) -> bool:
-    return not damage(out / entry["file"], entry["sha256"])
 
 
 def _encode(
@@ -164,15 +152,3 @@ def _write_index(out: Path, made: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, out / INDEX)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _barrier() -> None:
-    if _rank_and_world()[1] > 1:
-        torch.distributed.barrier()

@@ -7,7 +7,6 @@ a word where a word is due, and 1e-5 is a number. Every fault is reported with i
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from minimal_aia.console import nearest
 from minimal_aia.train.config import TrainConfig, layer_subset
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -52,7 +52,9 @@ def parse_value(key: str, text: str) -> Any:
         return None
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
-            raise ValueError(f"{key} is {text!r}: choose from {', '.join(get_args(kind))}")
+            raise ValueError(
+                f"{key} is {text!r}: choose from {', '.join(get_args(kind))}{nearest(text, get_args(kind))}"
+            )
         return text
     if kind is bool:
         if text.lower() not in BOOLEANS:
@@ -109,7 +111,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such recipe (see the folder recipes/)") from None
     except UnicodeDecodeError as error:
@@ -158,14 +160,9 @@ def parse_recipe(text: str, name: str = "recipe") -> dict[str, Any]:
 def _key(value: object) -> str:
     key = value if isinstance(value, str) else ""  # the value of a list or a mapping is a list of nodes
     if key not in types():
-        raise ValueError(f"unknown key {key!r}{nearest(key)}")
+        hint = nearest(key.strip().strip("-").replace("-", "_").lower(), types())
+        raise ValueError(f"unknown key {key!r}{hint or ' (minimal-aia train --help lists all)'}")
     return key
-
-
-def nearest(key: str) -> str:
-    """'; did you mean ...?' with the most similar key, or a hint where the keys are listed."""
-    found = difflib.get_close_matches(key.strip().strip("-").replace("-", "_").lower(), list(types()), 1, 0.5)
-    return f"; did you mean {found[0]}?" if found else " (minimal-aia train --help lists all)"
 
 
 def to_yaml(config: TrainConfig, everything: bool = False) -> str:
@@ -195,6 +192,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
         if "_" in field.name:
             parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **options)
+
+
+def recipe_of(args: argparse.Namespace) -> TrainConfig:
+    """The recipe that a command line names, with the options that it gives."""
+    return read_recipe(args.recipe, {key: value for key, value in vars(args).items() if key in types()})
 
 
 def _argument(key: str, text: str) -> Any:

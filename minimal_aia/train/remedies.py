@@ -10,14 +10,20 @@ from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.layout import GIB, GPUS, Gpu, Layout, find_gpu
 from minimal_aia.train.plan import Plan, plan
 
-Option = tuple[str, TrainConfig, Layout, str | Gpu]  # what to write, and what to plan then
 WORTH = GIB // 10  # a change that saves less is not worth its line
 RANK = 64  # of LoRA, where it is proposed
+# Keys that change nothing about the result: what to set them to, and how to say so.
+SWITCHES: dict[str, tuple[Any, str]] = {
+    "gradient_checkpointing": (True, "gradient_checkpointing: true"),
+    "bf16": (True, "bf16: true"),
+    "use_liger": (True, "use_liger: true (install liger-kernel)"),
+    "codes": ("prepared", "codes: made once by `minimal-aia prepare`"),
+}
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """change: what to write or do. plan: what then comes of it. alone: not on top of other alternatives."""
+    """change: what to write or do. plan: what then comes of it. alternative: not on top of others."""
 
     change: str
     plan: Plan
@@ -33,82 +39,61 @@ def remedies(config: TrainConfig, layout: Layout, gpu: str | Gpu = "h100", **opt
     """
     best = plan(config, layout, gpu, **options)
     found: list[Remedy] = []
+    for change, values, place in _harmless(config, layout):
+        if best.fits:
+            break
+        changed = replace(config, **values)
+        then = plan(changed, place, gpu, **options)
+        if then.needed <= best.needed - WORTH:
+            config, layout, best = changed, place, then
+            found.append(Remedy(change, then))
     if best.fits:
         return found
-    for change, config_then, layout_then in _harmless(config, layout):
-        merged, place = config_then(config), layout_then or layout
-        then = plan(merged, place, gpu, **options)
-        if then.needed > best.needed - WORTH:
-            continue
-        config, layout, best = merged, place, then
-        found.append(Remedy(change(config), then))
-        if then.fits:
-            return found
     for kind in _alternatives(config, layout, gpu):
-        for change, other, place, card in kind:
-            then = plan(other, place, card, **options)
-            if then.fits:
-                found.append(Remedy(change, then, alternative=True))
-                break
+        plans = ((change, plan(other, place, card, **options)) for change, other, place, card in kind)
+        found += [Remedy(change, then, alternative=True) for change, then in plans if then.fits][:1]
     return found
 
 
-def _harmless(config: TrainConfig, layout: Layout) -> Iterator[tuple[Any, Any, Layout | None]]:
-    """(text of the change, new configuration, new layout) that train the same; halving may come again."""
-
-    def set_to(**values: Any) -> Any:
-        return lambda now: replace(now, **values)
-
-    if not config.gradient_checkpointing:
-        yield (lambda _: "gradient_checkpointing: true"), set_to(gradient_checkpointing=True), None
-    if not config.bf16:
-        yield (lambda _: "bf16: true"), set_to(bf16=True), None
-    if not config.use_liger:
-        yield (lambda _: "use_liger: true (install liger-kernel)"), set_to(use_liger=True), None
-    if not config.codes:
-        yield (lambda _: "codes: made once by `minimal-aia prepare`"), set_to(codes="prepared"), None
-    size = config.per_device_train_batch_size
-    while size % 2 == 0:
-        yield _batch, _halved, None
-        size //= 2
+def _harmless(config: TrainConfig, layout: Layout) -> Iterator[tuple[str, dict[str, Any], Layout]]:
+    """(what to write, new values, layout) that train the same."""
+    for key, (value, change) in SWITCHES.items():
+        if not getattr(config, key):
+            yield change, {key: value}, layout
+    for values in _halvings(config):
+        yield _written(values), values, layout
     if layout.sharding == "ddp":
-        yield (lambda _: "FSDP2 in place of DDP"), set_to(), Layout.of("fsdp2", layout.world)
+        yield "FSDP2 in place of DDP", {}, Layout.of("fsdp2", layout.world)
     elif layout.sharding == "hsdp":
-        yield (lambda _: "FSDP2 over all GPUs in place of HSDP"), set_to(), Layout.of("fsdp2", layout.world)
+        yield "FSDP2 over all GPUs in place of HSDP", {}, Layout.of("fsdp2", layout.world)
 
 
-def _halved(config: TrainConfig) -> TrainConfig:
-    """The same step from micro-batches of half the size."""
-    return replace(
-        config,
-        per_device_train_batch_size=config.per_device_train_batch_size // 2,
-        gradient_accumulation_steps=config.gradient_accumulation_steps * 2,
-    )
+def _halvings(config: TrainConfig) -> Iterator[dict[str, int]]:
+    """The same step from micro-batches of half the size, a quarter, ..."""
+    size, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    while size % 2 == 0:
+        size, times = size // 2, times * 2
+        yield {"per_device_train_batch_size": size, "gradient_accumulation_steps": times}
 
 
-def _batch(config: TrainConfig) -> str:
-    return (
-        f"per_device_train_batch_size: {config.per_device_train_batch_size},"
-        f" gradient_accumulation_steps: {config.gradient_accumulation_steps}"
-    )
+def _written(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in values.items())
 
 
-def _alternatives(config: TrainConfig, layout: Layout, gpu: str | Gpu) -> list[list[Option]]:
-    """By kind, from the smallest step on: (text, configuration, layout, GPU)."""
-    lora: list[Option] = []
+def _alternatives(
+    config: TrainConfig, layout: Layout, gpu: str | Gpu
+) -> list[list[tuple[str, TrainConfig, Layout, str | Gpu]]]:
+    """By kind, from the smallest step on: (what to write, configuration, layout, GPU)."""
+    lora: list[dict[str, Any]] = []
     if not config.lora_rank and "language" not in config.freeze:
-        change = replace(config, lora_rank=RANK, dtype="bfloat16")
-        lora = [(f"lora_rank: {RANK}, dtype: bfloat16", change, layout, gpu)]
-        while change.per_device_train_batch_size % 2 == 0:
-            change = _halved(change)
-            lora.append((f"{lora[0][0]}, {_batch(change)}", change, layout, gpu))
-    more: list[Option] = [
-        (str(place), config, place, gpu) for place in (layout.grown(times) for times in (2, 4, 8))
-    ]
+        change = {"lora_rank": RANK, "dtype": "bfloat16"}
+        lora = [change, *(change | values for values in _halvings(config))]
+    kind = "fsdp2" if layout.sharding in ("none", "ddp") else layout.sharding
+    more = [Layout.of(kind, times * layout.world, layout.shard) for times in (2, 4, 8)]
     here = (find_gpu(gpu) if isinstance(gpu, str) else gpu).memory
-    larger: list[Option] = [
-        (f"{name}, {card.memory:g} GB", config, layout, name)
-        for name, card in sorted(GPUS.items(), key=lambda item: item[1].memory)
-        if card.memory > here
+    larger = [card for card in sorted(GPUS.values(), key=lambda card: card.memory) if card.memory > here]
+    return [
+        [(_written(values), replace(config, **values), layout, gpu) for values in lora],
+        [(str(place), config, place, gpu) for place in more],
+        [(f"{card.name}, {card.memory:g} GB", config, layout, card) for card in larger],
     ]
-    return [lora, more, larger]

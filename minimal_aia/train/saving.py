@@ -17,18 +17,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from minimal_aia.train import checkpoints as ck
+from minimal_aia.train.callbacks import StopAtStepBoundary
 from minimal_aia.train.config import TrainConfig
-from minimal_aia.train.signals import StopAtStepBoundary
+from minimal_aia.train.module import SFTModule
 
 # Another value of these is another run: steps would hold other samples.
 SAME_DATA = """seed task_ratio per_device_train_batch_size prompt_dropout max_length
     length_window""".split()
 # These may change without a word.
 FREE = """output_dir resume num_processes gradient_accumulation_steps save_steps save_total_limit
-    logging_steps curve_steps report_to dataloader_num_workers use_cpu on_nonfinite""".split()
+    logging_steps curve_steps report_to dataloader_num_workers use_cpu""".split()
+OTHER_ORDER = "the data would come in another order. Set it back, or choose another output_dir"
 _LOG_STATE = "log_state_{}.json"  # one a process: what was logged in part
 
 
@@ -39,20 +42,53 @@ class SafeTrainer(Trainer):
     """
 
     config: TrainConfig
-    _sums: dict[str, torch.Tensor]
+    _sums: dict[str, Tensor]
     _staging = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_launched(self)
+        self._check_launched()
         self.stop = StopAtStepBoundary(self.accelerator)
         self.add_callback(self.stop)
+
+    def _check_launched(self) -> None:
+        """ValueError if accelerate has quietly made something else of what the launcher asked for."""
+        kind = self.accelerator.distributed_type.value
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.args.world_size != world:
+            raise ValueError(
+                f"{world} processes came up, but accelerate ({kind}) counts {self.args.world_size}: each"
+                " would train alone, into the same output_dir. Set use_cpu, or start one process"
+            )
+        asked = {"FSDP": self.is_fsdp_enabled, "DEEPSPEED": self.is_deepspeed_enabled}
+        for name, enabled in asked.items():
+            if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") and not enabled:
+                raise ValueError(f"{name} was asked for, but accelerate runs {kind}: it shards on GPUs only")
+
+    @property
+    def module(self) -> SFTModule:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def sharding(self) -> str:
+        """How checkpoints are laid out: "fsdp", "deepspeed", or "plain" (one process and DDP)."""
+        return "fsdp" if self.is_fsdp_enabled else "deepspeed" if self.is_deepspeed_enabled else "plain"
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train; `self.stop.exit_code` says afterwards whether a signal ended it before the last step."""
         if resume_from_checkpoint:
             self.add_callback(_RestoreLog(self, Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the trained model as one folder that `from_pretrained` reads, gathered if it is sharded."""
+        plain = self.sharding == "plain"
+        state = None if plain else self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            self.module.export(folder, state)
+        self.accelerator.wait_for_everyone()
+
+    # ---- checkpoints -----------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where `Trainer` puts `checkpoint-N`: aside, while it is being written."""
@@ -76,9 +112,9 @@ class SafeTrainer(Trainer):
             self._save_log_state(staged)
             self.accelerator.wait_for_everyone()
             if first:
-                facts = {"step": step, "world_size": self.args.world_size, "layout": layout(self)}
-                facts["data"] = data_fingerprints(self)
-                ck.seal(staged, config=asdict(self.config), **facts)
+                facts = {"step": step, "world_size": self.args.world_size, "layout": self.sharding}
+                data: Any = getattr(self.train_dataset, "fingerprints", dict)()
+                ck.seal(staged, config=asdict(self.config), data=data, **facts)
                 ck.publish(staged, final)
                 ck.retain(run, self.config.save_total_limit, sealed=final)
                 ck.clear_staging(run)
@@ -103,6 +139,17 @@ class SafeTrainer(Trainer):
         if shutil.disk_usage(run).free < needed:
             raise OSError(errno.ENOSPC, f"it needs about {needed / 1e9:.3g} GB")
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A folder that `load_adapter` reads, not a bare state dictionary and pickled arguments."""
+        if self.args.should_save:
+            self.module.save(output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.module.load(resume_from_checkpoint)
+
     # ---- what is logged in part ------------------------------------------------------------------------
 
     def _save_log_state(self, folder: Path) -> None:
@@ -120,20 +167,19 @@ class SafeTrainer(Trainer):
 
         With another number of processes each gets the mean loss, and the first one all other sums.
         """
-        states = [json.loads(p.read_text()) for p in sorted(folder.glob(_LOG_STATE.format("*")), key=_number)]
-        if not states:
-            return
+        files = sorted(folder.glob(_LOG_STATE.format("*")), key=lambda p: int(p.stem.rpartition("_")[2]))
+        states = [json.loads(file.read_text()) for file in files]
         rank, device = self.args.process_index, self.args.device
         self._globalstep_last_logged = states[0]["last_logged"]
         if len(states) == self.args.world_size:
-            self._tr_loss += states[rank]["loss"]
-            sums = {name: torch.tensor(row) for name, row in states[rank]["sums"].items()}
+            states, shares = [states[rank]], 1
         else:
-            self._tr_loss += sum(state["loss"] for state in states) / len(states)
-            sums = {}
-            for name, row in (item for state in states for item in state["sums"].items() if rank == 0):
-                sums[name] = sums.get(name, 0.0) + torch.tensor(row)
-        self._sums = {name: row.to(device) for name, row in sums.items()}
+            shares = len(states)
+        self._tr_loss += sum(state["loss"] for state in states) / shares
+        self._sums = {}
+        if shares == 1 or rank == 0:
+            for name, row in (item for state in states for item in state["sums"].items()):
+                self._sums[name] = self._sums.get(name, 0.0) + torch.tensor(row, device=device)
 
 
 class _RestoreLog(TrainerCallback):
@@ -146,63 +192,52 @@ class _RestoreLog(TrainerCallback):
         self.trainer.load_log_state(self.checkpoint)
 
 
+# --- which checkpoint to go on from -------------------------------------------------------------------------
+
+
 def resume_point(trainer: SafeTrainer, say: Callable[[str], None] = print) -> str | None:
-    """`resume_from` of a run, decided by its first process for all of them."""
-    found, failure = "", None
+    """The checkpoint that `config.resume` asks for, checked by the first process for all; or None.
+
+    Raises:
+        ValueError: there are checkpoints but `resume` is "no"; the named one is broken; it was made with
+            other data, another batch, another kind of launcher, or so many processes that the same steps
+            cannot be formed.
+        OSError: there are checkpoints, none of them whole.
+    """
+    found, failure = None, None
     if trainer.accelerator.is_main_process:
         try:
-            checkpoint = resume_from(trainer.config, trainer.args.world_size, say)
-            if checkpoint:
-                check_layout(checkpoint, trainer)
-                check_same_files(checkpoint, trainer)
-                found = str(checkpoint)
+            if found := _asked_for(trainer.config, say):
+                manifest = ck.read_manifest(found)
+                check_same_run(found, manifest, trainer.config, trainer.args.world_size, say)
+                check_same_layout(found, manifest, trainer)
+                check_same_files(found, manifest, trainer.train_dataset)
+                say(f"going on from {found}")
         except (ValueError, OSError) as error:
             failure = error
-    shared: list[Any] = [found, failure is not None]
+    shared: list[Any] = [found and str(found), failure is not None]
     broadcast_object_list(shared)
     if failure:
         raise failure
     if shared[1]:
         raise SystemExit(2)  # the first process has said why
-    return shared[0] or None
+    return shared[0]
 
 
-def layout(trainer: Any) -> str:
-    """How a trainer lays its checkpoints out: "fsdp", "deepspeed", or "plain" (one process and DDP)."""
-    if trainer.is_fsdp_enabled:
-        return "fsdp"
-    return "deepspeed" if trainer.is_deepspeed_enabled else "plain"
-
-
-def resume_from(config: TrainConfig, world_size: int, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that `config.resume` asks for, checked; None to start from the beginning.
-
-    To be called by the first process, which tells the others.
-
-    Raises:
-        ValueError: there are checkpoints but `resume` is "no"; the named one is broken; it was made with
-            other data, another batch, or so many processes that the same steps cannot be formed.
-        OSError: there are checkpoints, none of them whole.
-    """
+def _asked_for(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
     run = Path(config.output_dir)
+    if config.resume == "auto":
+        return ck.last_good(run, say)
     if config.resume == "no":
         if found := ck.checkpoints(run):
-            raise ValueError(
-                f"output_dir {run} holds {found[-1].name} of an earlier run: go on with --resume auto,"
-                " or choose another output_dir"
-            )
+            holds = f"output_dir {run} holds {found[-1].name} of an earlier run"
+            raise ValueError(f"{holds}: go on with --resume auto, or choose another output_dir")
         return None
-    if config.resume == "auto":
-        checkpoint = ck.last_good(run, say=say)
-        if checkpoint is None:
-            return None
-    else:
-        checkpoint = Path(config.resume)
-        if wrong := ck.problems(checkpoint):
-            raise ValueError(f"resume {checkpoint}: {wrong[0]}")
-    check_same_run(checkpoint, ck.read_manifest(checkpoint), config, world_size, say)
-    say(f"going on from {checkpoint}")
-    return checkpoint
+    if not Path(config.resume).is_dir():
+        raise ValueError(f"resume {config.resume}: no such checkpoint folder (or say auto)")
+    if wrong := ck.problems(config.resume):
+        raise ValueError(f"resume {config.resume}: {wrong[0]}")
+    return Path(config.resume)
 
 
 def check_same_run(
@@ -210,73 +245,36 @@ def check_same_run(
     manifest: Mapping[str, Any],
     config: TrainConfig,
     world_size: int,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None],
 ) -> None:
     """ValueError if the coming steps would hold other samples than the run's; says what else differs."""
     was, now = manifest["config"], asdict(config)
     for key in SAME_DATA:
         if was.get(key) != now[key]:
-            raise ValueError(
-                f"resume {checkpoint}: {key} was {was.get(key)}, now it is {now[key]}; the data would come in"
-                " another order. Set it back, or start a new run in another output_dir"
-            )
-    micro = was["gradient_accumulation_steps"] * manifest["world_size"]
-    if micro != config.gradient_accumulation_steps * world_size:
-        fits = f"--gradient-accumulation-steps {micro // world_size}" if micro % world_size == 0 else ""
+            differs = f"{key} was {was.get(key)}, now it is {now[key]}"
+            raise ValueError(f"resume {checkpoint}: {differs}; {OTHER_ORDER}")
+    before, micro = manifest["world_size"], config.gradient_accumulation_steps
+    a_step = was["gradient_accumulation_steps"] * before
+    if a_step != micro * world_size:
+        per_process, rest = divmod(a_step, world_size)
+        fits = f"a number of processes that divides {a_step}"
         raise ValueError(
-            f"resume {checkpoint}: a step had {micro} micro-batches ({manifest['world_size']} processes with"
-            f" {was['gradient_accumulation_steps']}), now {config.gradient_accumulation_steps * world_size}"
-            f" ({world_size} processes with {config.gradient_accumulation_steps}). "
-            + (f"Use {fits}" if fits else f"Use a number of processes that divides {micro}")
+            f"resume {checkpoint}: a step had {a_step} micro-batches ({before} processes with"
+            f" {was['gradient_accumulation_steps']}), now {micro * world_size} ({world_size} processes with"
+            f" {micro}). Use {fits if rest else f'--gradient-accumulation-steps {per_process}'}"
         )
     for key in sorted(now.keys() - set(SAME_DATA) - set(FREE)):
         if key in was and was[key] != now[key]:
             say(f"resume {checkpoint.name}: {key} was {was[key]}, now it is {now[key]}")
 
 
-def data_fingerprints(trainer: Any) -> dict[str, Any]:
-    """By task, what tells the run's data files from others; empty for lab scenes, which are no files."""
-    dataset: Any = trainer.train_dataset
-    return dict(dataset.fingerprint()["sources"]) if hasattr(dataset, "fingerprint") else {}
-
-
-def check_same_files(checkpoint: Path, trainer: Any) -> None:
-    """ValueError if the data files are not those that the checkpoint's run was trained on."""
-    was, now = ck.read_manifest(checkpoint).get("data", {}), data_fingerprints(trainer)
-    for task in was:
-        if was[task] != now.get(task):
-            raise ValueError(
-                f"resume {checkpoint}: {task}_data holds other samples than when it was written, which would"
-                " change their order. Bring them back, or start a new run in another output_dir"
-            )
-
-
-def check_launched(trainer: Any) -> None:
-    """ValueError if accelerate has quietly made something else of what the launcher asked for."""
-    kind = trainer.accelerator.distributed_type.value
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if trainer.args.world_size != world:
-        raise ValueError(
-            f"{world} processes came up, but accelerate ({kind}) counts {trainer.args.world_size}: each would"
-            " train alone, into the same output_dir. Set use_cpu, or start one process"
-        )
-    asked = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
-    for name, enabled in asked.items():
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") and not enabled:
-            raise ValueError(
-                f"{name} was asked for, but accelerate runs {kind}: it shards on GPUs and the like only. On"
-                " CPUs use DDP: torchrun, or a configuration without it"
-            )
-
-
-def check_layout(checkpoint: Path, trainer: Any) -> None:
+def check_same_layout(checkpoint: Path, manifest: Mapping[str, Any], trainer: SafeTrainer) -> None:
     """ValueError if a checkpoint's files are not of the kind that this trainer reads."""
-    manifest = ck.read_manifest(checkpoint)
-    was, now = manifest["layout"], layout(trainer)
+    was, now = manifest["layout"], trainer.sharding
     if was != now:
         raise ValueError(
-            f"resume {checkpoint}: it was written by a {was} run and this is a {now} run; go on with the"
-            " former launcher configuration, or export the model and start a new run from it"
+            f"resume {checkpoint}: it was written by a {was} run and this is a {now} run; launch it as before"
+            " or export the model and start a new run from it"
         )
     if was == "deepspeed" and manifest["world_size"] != trainer.args.world_size:
         raise ValueError(
@@ -285,8 +283,13 @@ def check_layout(checkpoint: Path, trainer: Any) -> None:
         )
 
 
-def _number(path: Path) -> int:
-    return int(path.stem.rpartition("_")[2])
+def check_same_files(checkpoint: Path, manifest: Mapping[str, Any], dataset: Any) -> None:
+    """ValueError if the data files are not those of the checkpoint's run. (Lab scenes are no files.)"""
+    now: Any = getattr(dataset, "fingerprints", dict)()
+    for task, was in manifest.get("data", {}).items():
+        if was != now.get(task):
+            differs = f"{task}_data holds other samples than when it was written"
+            raise ValueError(f"resume {checkpoint}: {differs}; {OTHER_ORDER}")
 
 
 def _disk_full(run: Path, step: int, error: BaseException) -> str:

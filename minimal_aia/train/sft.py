@@ -9,12 +9,29 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minimal_aia.train.config import TrainConfig, task_counts
-from minimal_aia.train.recipe import check, to_yaml
+import torch
+from transformers.integrations import is_fsdp_enabled
 
+from minimal_aia.models.lab import as_batch, load_lab
+from minimal_aia.models.registry import is_lab, load_adapter
+from minimal_aia.profile_command import check_processes
+from minimal_aia.train.callbacks import read_curves
+from minimal_aia.train.card import write_card
+from minimal_aia.train.check import check_data, preview
+from minimal_aia.train.config import TrainConfig
+from minimal_aia.train.data import data_adapter, open_data
+from minimal_aia.train.module import SFTModule, resolve_targets
+from minimal_aia.train.order import Order
+from minimal_aia.train.plan_report import plan_text
+from minimal_aia.train.recipe import check, to_yaml
+from minimal_aia.train.saving import resume_point
+from minimal_aia.train.trainer import AIATrainer, training_arguments
+
+MODULE = "minimal_aia.train.sft"  # what launchers start
 LOOKED_AT = 200  # samples a task that a dry run looks at
 
 
@@ -27,41 +44,30 @@ class LabBatches:
 
     def __init__(self, config: TrainConfig, codebook: Any, world_size: int = 1) -> None:
         self.config, self.codebook = config, codebook
-        self.per_step = config.gradient_accumulation_steps * world_size
+        self.order = Order.of(config, world_size)
 
     def __len__(self) -> int:
-        return self.config.max_steps * self.per_step
+        return self.config.max_steps * self.order.per_step
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        from dataclasses import replace
-
         from minimal_aia.lab.finetune import step_batches
-        from minimal_aia.models.lab import as_batch
 
-        step, part = divmod(number, self.per_step)
-        size = self.config.per_device_train_batch_size * self.per_step
+        step, part = divmod(number, self.order.per_step)
+        size = self.order.batch * self.order.per_step
         whole = step_batches(replace(self.config, per_device_train_batch_size=size), step, self.codebook)
-        earlier = [task_counts(self.config, number - part + i) for i in range(part)]
         found = {}
-        for task, count in task_counts(self.config, number).items():
-            start = sum(counts.get(task, 0) for counts in earlier)
-            rows = whole[task].rows(start, start + count)
-            found[task] = as_batch(rows, task, [f"lab:{task}:{number}:{i}" for i in range(count)])
+        for task, rows in whole.items():
+            first, mine = self.order.stretch(task, number - part).start, self.order.stretch(task, number)
+            if mine:
+                names = [f"lab:{task}:{number}:{i}" for i in range(len(mine))]
+                found[task] = as_batch(rows.rows(mine.start - first, mine.stop - first), task, names)
         return found
 
 
 def build(config: TrainConfig) -> Any:
     """The trainer of a run: data, model, targets. Everything is checked before training starts."""
-    import torch
-
-    from minimal_aia.models.registry import is_lab, load_adapter
-    from minimal_aia.train.arguments import training_arguments
-    from minimal_aia.train.module import SFTModule, resolve_targets
-    from minimal_aia.train.trainer import AIATrainer
-    from minimal_aia.train.waiting import reserve, waits_for_weights
-
     check(config)
-    check_processes(config)
+    check_processes(config.num_processes, MODULE)
     arguments = training_arguments(config)  # joins the other processes; must come before the model is loaded
     dataset = open_dataset(config)
     waits = waits_for_weights() and not is_lab(config.model)
@@ -77,35 +83,41 @@ def build(config: TrainConfig) -> Any:
     return AIATrainer(SFTModule(adapter, config, targets), config, dataset, args=arguments)
 
 
+def waits_for_weights() -> bool:
+    """Whether this process gets its weights from another one, once the model is sharded.
+
+    Under FSDP with `fsdp_cpu_ram_efficient_loading` only each machine's first process reads them; else eight
+    processes would read 28 GB each.
+    """
+    return is_fsdp_enabled() and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def reserve(model: Any) -> None:
+    """Give weights on "meta" an address in this machine's memory, without values and without taking any.
+
+    accelerate tells an optimizer's parameters apart by their addresses while it shards them, and on "meta"
+    all addresses are 0: this process would train its shard of one weight only, and say nothing. Memory that
+    nobody writes to is not used, and accelerate drops it before it has values.
+    """
+    reserved: dict[int, Any] = {}  # by the old one's identity: tied weights stay one
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old.is_meta:
+                if id(old) not in reserved:
+                    new = torch.nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
+                    new.__dict__.update(old.__dict__)  # transformers marks parameters as initialised
+                    reserved[id(old)] = new
+                setattr(module, name, reserved[id(old)])
+
+
 def open_dataset(config: TrainConfig) -> Any:
     """The run's micro-batches by number: {task: Batch}."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if {getattr(config, f"{task}_data") for task in config.shares()} == {"lab"}:
-        from minimal_aia.models.lab import load_lab
-        from minimal_aia.models.registry import is_lab
-
         if not is_lab(config.model):
-            raise ValueError(
-                f"{config.model}: lab scenes are for lab models; name generation_data, understanding_data"
-            )
+            raise ValueError(f"{config.model}: lab scenes are for lab models; name data of both tasks")
         return LabBatches(config, load_lab(config.model).codebook, world)
-    from minimal_aia.train.data import open_data
-
     return open_data(config, world)
-
-
-def check_processes(config: TrainConfig) -> None:
-    """ValueError when another number of processes came up than asked for: they would train on less data."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    # `accelerate launch --cpu --num_processes 2` starts one process. It leaves this trace: its own variables
-    # and a rendezvous address, but no rank.
-    lone = world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if (lone and "RANK" not in os.environ) or (config.num_processes or world) != world:
-        raise ValueError(
-            f"{config.num_processes or 'several'} processes were asked for, {world} came up; start them with"
-            " `torchrun --nproc_per_node N -m minimal_aia.train.sft ...` or `accelerate launch --multi_gpu"
-            " --num_processes N ...` (on a CPU, `accelerate launch --cpu --num_processes N` starts only one)"
-        )
 
 
 def run(config: TrainConfig) -> Any:
@@ -113,14 +125,15 @@ def run(config: TrainConfig) -> Any:
 
     Its `stop.exit_code` is not 0 if a signal ended the run early: a checkpoint is there, no trained model.
     """
-    from minimal_aia.train.saving import resume_point
-
     trainer = build(config)
     checkpoint = resume_point(trainer)
     if trainer.args.should_save:
         path = Path(config.output_dir) / "recipe.yaml"
         path.write_text(to_yaml(config, everything=True), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.stop.restore()
     if not trainer.stop.exit_code:
         trainer.export(config.output_dir)
         finish(trainer, config)
@@ -129,20 +142,11 @@ def run(config: TrainConfig) -> Any:
 
 def finish(trainer: Any, config: TrainConfig) -> None:
     """Write the model card and say what came out."""
-    from minimal_aia.train.callbacks import read_curves
-    from minimal_aia.train.card import write_card
-
-    seen, curves = trainer.seen(), read_curves(config.output_dir)
+    seen, curves = trainer.seen(), read_curves(config.output_dir)  # (all processes count what they saw)
     if not trainer.args.should_save:
         return
-    facts = {
-        "steps": trainer.state.global_step,
-        "processes": trainer.args.world_size,
-        "seen": seen,
-        "skipped": getattr(trainer.train_dataset, "skipped", 0),
-        "curves": curves,
-    }
-    write_card(config.output_dir, config, facts)
+    steps, skipped = trainer.state.global_step, getattr(trainer.train_dataset, "skipped", 0)
+    write_card(config, seen, curves, steps=steps, processes=trainer.args.world_size, skipped=skipped)
     for task in config.shares():
         away = [entry["distance"] for entry in curves if entry["task"] == task and "distance" in entry]
         if away:
@@ -155,16 +159,11 @@ def dry_run(config: TrainConfig) -> None:
 
     Under a launcher the first process speaks for all of them.
     """
-    from minimal_aia.train.check import check_data
-    from minimal_aia.train.module import resolve_targets
-    from minimal_aia.train.plan_report import plan_text
-    from minimal_aia.train.preview import preview
-
     check(config)
-    check_processes(config)
+    check_processes(config.num_processes, MODULE)
     if os.environ.get("RANK", "0") != "0":
         return
-    adapter = without_weights(config)
+    adapter = data_adapter(config)
     targets = resolve_targets(config, len(adapter.layers()))
     aim = f"targets {targets.name}" if targets else "no targets"
     print(f"{config.model}: {adapter.family}, {len(adapter.layers())} layers; {aim}")
@@ -175,19 +174,6 @@ def dry_run(config: TrainConfig) -> None:
         print("data, the first samples (`minimal-aia check-data` looks at all of them)\n")
         print(check_data(dataset, quick=True, limit=LOOKED_AT, progress=False).text() + "\n")
     print(f"first of {len(dataset)} micro-batches\n{preview(adapter, dataset[0], config.spans)}")
-
-
-def without_weights(config: TrainConfig) -> Any:
-    """The run's adapter, made from the model's configuration and processor alone."""
-    from minimal_aia.models.registry import is_lab
-
-    if is_lab(config.model):
-        from minimal_aia.models.lab import load_lab
-
-        return load_lab(config.model)
-    from minimal_aia.train.data import data_adapter
-
-    return data_adapter(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

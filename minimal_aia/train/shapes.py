@@ -1,7 +1,7 @@
 """The shape of a model, without its weights: widths for the formulas, parameters counted one by one.
 
     shape = read_shape("deepseek-community/Janus-Pro-7B")   # or a folder, a config.json, lab/unified
-    count(shape.trained(config))                            # on the meta device: no memory, no download
+    count_weights(shape, config)                            # on the meta device: no memory, no download
 
 Widths of the built-in models come from these configuration files (read, not measured here):
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from minimal_aia.train.config import TrainConfig
@@ -103,53 +103,73 @@ class Shape:
     def decoder_layers(self) -> list[nn.Module]:
         from minimal_aia.models.base import find_layers
 
-        inner = getattr(self.model, "model", self.model)
-        for part in ("language_model", "text_model"):
-            inner = getattr(inner, part, inner)
-        return find_layers(inner, self.layers)
+        return find_layers(self.part("language_model") or self.part("text_model") or self.model, self.layers)
 
-    @property
-    def layer_class(self) -> str:
-        """What FSDP wraps: `fsdp_transformer_layer_cls_to_wrap`."""
-        return type(self.decoder_layers[0]).__name__
-
-    def in_layers(self) -> set[int]:
-        return {id(p) for layer in self.decoder_layers for p in layer.parameters()}
-
-    def trained(self, config: TrainConfig) -> list[nn.Parameter]:
-        """The weights that a full fine-tuning run trains (LoRA's own are `lora_sizes`)."""
-        from minimal_aia.train.parts import freeze
-
-        self.model.requires_grad_(True)
-        freeze(self.model, config.freeze, config.shares())
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def linears(self) -> dict[str, nn.Linear]:
-        """The linear maps of the decoder's layers by name."""
-        found = self.decoder_layers[0].named_modules()
-        return {name: module for name, module in found if isinstance(module, nn.Linear)}
-
-    def part(self, name: str) -> list[nn.Parameter]:
-        """The weights of a part by its name in `parts.PARTS`."""
-        from minimal_aia.train.parts import PARTS
-
-        inner = getattr(self.model, "model", self.model)
-        modules = [getattr(inner, attribute, None) for attribute in PARTS[name]]
-        return [p for module in modules if module is not None for p in module.parameters()]
+    def part(self, name: str) -> Any:
+        """A part of the model by the name that transformers gives it, or None."""
+        return getattr(self.model.model, name, None)
 
     def makes_codes(self, config: TrainConfig, task: str) -> bool:
         """Whether pictures of a task go through the VQ tokenizer while training."""
-        if self.is_lab or config.codes or self.frozen_parts()[1] is None:
+        if self.is_lab or config.codes or self.part("vqmodel") is None:
             return False
         return task == "generation" or self.family == "emu3"
 
-    def frozen_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """(vision encoder, VQ tokenizer), where the model has them."""
-        inner = getattr(self.model, "model", self.model)
-        return getattr(inner, "vision_model", None), getattr(inner, "vqmodel", None)
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights a run holds, by what becomes of them.
+
+    trained: without LoRA's own. in_layers, trained_layers: of the decoder's layers. largest: the largest
+    trained tensor. matrices: trained ones, without embeddings, which autocast copies. lora: LoRA's own.
+    """
+
+    total: int
+    trained: int
+    in_layers: int
+    trained_layers: int
+    one_layer: int
+    largest: int
+    matrices: int
+    lora: int
+    targets: tuple[str, ...] = ()
+
+    @property
+    def frozen(self) -> int:
+        return self.total - self.trained - self.lora
 
 
-def count(parameters: Iterable[nn.Parameter]) -> int:
+def count_weights(shape: Shape, config: TrainConfig) -> Weights:
+    """Count tensor by tensor. ValueError for unknown parts or linear maps."""
+    from minimal_aia.train.parts import beside_language, freeze, lora_targets
+
+    model = shape.model.requires_grad_(True)
+    freeze(model, config.freeze, config.shares())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inside = {id(p) for layer in shape.decoder_layers for p in layer.parameters()}
+    layers = count(p for layer in shape.decoder_layers for p in layer.parameters())
+    targets: dict[str, nn.Linear] = {}
+    if config.lora_rank:
+        targets = lora_targets(shape.decoder_layers[0], config.lora_target_modules)
+        whole = {id(p) for p in beside_language(model)}
+        trained = [p for p in trained if id(p) in whole]
+    widths = sum(linear.in_features + linear.out_features for linear in targets.values())
+    lora = shape.layers * config.lora_rank * widths
+    embedding = model.get_input_embeddings().weight
+    return Weights(
+        total=count(model.parameters()) + lora,
+        trained=count(trained),
+        in_layers=layers,
+        trained_layers=count(p for p in trained if id(p) in inside),
+        one_layer=layers // shape.layers,
+        largest=max((p.numel() for p in trained), default=0),
+        matrices=count(p for p in trained if p.dim() > 1 and p is not embedding),
+        lora=lora,
+        targets=tuple(targets),
+    )
+
+
+def count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
@@ -226,14 +246,11 @@ def _values(name: str) -> tuple[str, bool]:
     else:
         known = ", ".join(("lab/unified", "lab/janus", *BUILT_IN, *ALIASES))
         raise UnknownModel(
-            f"model {name!r}: no such folder or config.json here, and none of the built-in shapes ({known});"
-            " download its config.json and give that"
+            f"model {name!r}: give its folder or config.json, or one of the built-in shapes: {known}"
         )
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in ARCHITECTURES:
-        raise UnknownModel(
-            f"model {name!r}: model type {kind!r}; plans are made for janus, emu3 and lab models"
-        )
+        raise UnknownModel(f"model {name!r}: type {kind!r}; plans are made for janus, emu3 and lab models")
     return json.dumps(values), _has_own_head(path.parent)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-GROUP_BYTES = 2 * 10**9  # read at a time; what is cast to fewer bits needs room twice for so much only
+_PATHS = ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath"]
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
@@ -32,21 +31,18 @@ _KNOWN = {
     "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
     "torch.serialization": ["_get_layout"],
     "torch": ["Size"],
-    "pathlib": ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath"],
-    "pathlib._local": ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath"],
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
     "collections": ["OrderedDict"],
 }
 
 
 class _ListOfTensors(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _KNOWN.get(module, ()) or (module == "torch" and _is_dtype(name)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _KNOWN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 class _Reader(FileSystemReader):
@@ -82,39 +78,23 @@ def dcp_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_dcp(folder: Path, names: Iterable[str], cast: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Read tensors, put together from all shards. cast: applied to each as soon as it is there.
+    """Read tensors one by one, each put together from all shards and cast as soon as it is there.
 
     Raises OSError if a shard is missing or cut short.
     """
     entries = _Reader(folder).read_metadata().state_dict_metadata
     found: dict[str, Tensor] = {}
-    for group in _groups(folder, entries, list(names)):
+    for name in names:
+        entry: Any = entries[name]
+        one = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message=".*assuming the intent is to load in a single process"
-                )
-                load(group, storage_reader=_Reader(folder), no_dist=True)
+                warnings.filterwarnings("ignore", message=".*the intent is to load in a single process")
+                load(one, storage_reader=_Reader(folder), no_dist=True)
         except CheckpointException as error:  # whatever happens; not even an Exception
             raise OSError(f"{folder}: a shard is missing or damaged ({_first_cause(error)})") from error
-        found |= {name: cast(tensor) for name, tensor in group.items()}
-        group.clear()
+        found[name] = cast(one[name])
     return found
-
-
-def _groups(folder: Path, entries: dict[str, Any], names: list[str]) -> Iterable[dict[str, Any]]:
-    """Empty tensors to be filled, at most GROUP_BYTES at a time."""
-    group: dict[str, Any] = {}
-    filled = 0
-    for name in names:
-        entry = entries[name]
-        size = math.prod(entry.size) * entry.properties.dtype.itemsize
-        if group and filled + size > GROUP_BYTES:
-            yield group
-            group, filled = {}, 0
-        group[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        filled += size
-    yield group
 
 
 def _first_cause(error: BaseException) -> str:
@@ -131,9 +111,7 @@ def is_deepspeed(folder: Path) -> bool:
 def load_deepspeed(folder: Path) -> dict[str, Tensor]:
     """All weights of a ZeRO checkpoint, float32, by DeepSpeed's own utility; ImportError without it."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise ImportError(
-            f"{folder}: a DeepSpeed checkpoint; reading it needs DeepSpeed: pip install deepspeed"
-        )
+        raise ImportError(f"{folder}: a DeepSpeed checkpoint; to read it: pip install deepspeed")
     utility = importlib.import_module("deepspeed.utils.zero_to_fp32")
     try:
         found = utility.get_fp32_state_dict_from_zero_checkpoint(str(folder))

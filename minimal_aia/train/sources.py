@@ -93,7 +93,7 @@ class LineSource(Source):
                 position += len(line)
         self._rows = np.asarray(rows, dtype=np.int64).reshape(-1, 3)
         self.fingerprint, self.block = digest.hexdigest(), len(rows)
-        _check_not_empty(path, task, self.block)
+        _check_not_empty(self)
 
     def entry(self, i: int) -> tuple[Any, str]:
         begin, size, number = self._rows[i].tolist()
@@ -111,9 +111,9 @@ class ListSource(Source):
 
     def __init__(self, path: Path, task: str, folder: Path | None = None) -> None:
         super().__init__(task, folder or path.parent)
-        raw, self.name = path.read_bytes(), path.name
+        raw, self.path, self.name = path.read_bytes(), path, path.name
         try:
-            items = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+            items = json.loads(raw.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a JSON file in UTF-8 ({error})") from None
         if not isinstance(items, list):
@@ -121,7 +121,7 @@ class ListSource(Source):
         texts = [json.dumps(item).encode() for item in items]
         self._rows = [row for row in enumerate(texts, 1) if _is_for(task, row[1])]
         self.fingerprint, self.block = hashlib.sha256(raw).hexdigest(), len(self._rows)
-        _check_not_empty(path, task, self.block)
+        _check_not_empty(self)
 
     def entry(self, i: int) -> tuple[Any, str]:
         number, text = self._rows[i]
@@ -137,9 +137,9 @@ def _is_for(task: str, line: bytes) -> bool:
     return generation or not _IMAGE.search(line) if task == "generation" else not generation
 
 
-def _check_not_empty(path: Path, task: str, n: int) -> None:
-    if not n:
-        raise ValueError(f"{path}: it holds no sample for {task} (data_samples/README.md shows the layout)")
+def _check_not_empty(source: LineSource | ListSource) -> None:
+    if not source.block:
+        raise ValueError(f"{source.path}: holds no sample for {source.task} (see data_samples/README.md)")
 
 
 class TableSource(Source):
@@ -235,14 +235,12 @@ def row_entry(row: Mapping[str, Any], where: str, folder: Path) -> dict[str, Any
     turns = row.get("conversations")
     if isinstance(turns, Mapping):  # how older versions of `datasets` keep a list of objects
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
-    if (
-        turns is None
-        and (prompt := next((row[c] for c in PROMPTS if row.get(c) is not None), None)) is not None
-    ):
+    prompt = next((row[c] for c in PROMPTS if row.get(c) is not None), None)
+    if turns is None and prompt is not None:
         turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": IMAGE}]
-    named = {"image": [_picture(p, f"{where} image {i}", folder) for i, p in enumerate(pictures)]}
+    images = [_picture(p, f"{where} image {i}", folder) for i, p in enumerate(pictures)]
     labels = {key: row[key] for key in ("type", "source") if isinstance(row.get(key), str)}
-    return {**named, "conversations": turns, **labels}
+    return {"image": images, "conversations": turns, **labels}
 
 
 def _picture(value: Any, name: str, folder: Path) -> Any:
@@ -272,6 +270,5 @@ def _undecoded(table: Any) -> Any:
 
 def _check_columns(name: str, columns: list[str]) -> None:
     if not set(columns) & {"conversations", *PROMPTS}:
-        raise ValueError(
-            f"{name}: no column conversations, {', '.join(PROMPTS)} (it has: {', '.join(columns) or 'none'})"
-        )
+        has = ", ".join(columns) or "none"
+        raise ValueError(f"{name}: no column conversations, {', '.join(PROMPTS)} (it has: {has})")

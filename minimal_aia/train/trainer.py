@@ -5,25 +5,25 @@ Changed: where batches come from, how a step's loss is averaged, what is logged,
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainingArguments
 
 from minimal_aia.models.base import Batch
-from minimal_aia.train.arguments import training_arguments
-from minimal_aia.train.callbacks import Curves, Progress
+from minimal_aia.train.callbacks import Curves, Progress, stay_alive_in_worker
 from minimal_aia.train.config import TASKS, TrainConfig, micro_batch, weight_at
 from minimal_aia.train.module import SFTModule
 from minimal_aia.train.saving import SafeTrainer
-from minimal_aia.train.signals import stay_alive_in_worker
 
 SEEN = "seen"  # among a trainer's sums: samples and label tokens by task, never reset
 PROBE_SAMPLES, PROBE_BATCHES = 16, 16  # curves are means over at least so many samples a task and process
@@ -62,22 +62,20 @@ class AIATrainer(SafeTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process' micro-batches in order; accelerate would deal them out again, so it is left out."""
-        order = list(self._order())
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return DataLoader(
             self.train_dataset,
             batch_size=1,
-            sampler=order,
-            collate_fn=_only,
+            sampler=[
+                micro_batch(self.config, step, micro, rank, world)
+                for step in range(self.config.max_steps)
+                for micro in range(self.config.gradient_accumulation_steps)
+            ],
+            collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=stay_alive_in_worker,
             multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
         )
-
-    def _order(self) -> Iterator[int]:
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for step in range(self.config.max_steps):
-            for micro in range(self.config.gradient_accumulation_steps):
-                yield micro_batch(self.config, step, micro, rank, world)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, Any]:
         """A step's micro-batches on this process, and the counts of the whole step over all processes."""
@@ -90,15 +88,14 @@ class AIATrainer(SafeTrainer):
                 own = self.module.counts(batch)
                 counts[TASKS.index(task)] += torch.tensor([own[key] for key in keys], dtype=torch.float64)
         self._seen(counts)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
-        totals = {
-            task: dict(zip(keys, row, strict=True))
-            for task, row in zip(TASKS, counts.tolist(), strict=True)
-            if row[0]
-        }
+        rows = self._over_all(counts.float().to(device)).tolist()
+        totals = {task: dict(zip(keys, row, strict=True)) for task, row in zip(TASKS, rows) if row[0]}
         self._fill_in(batches)
         return batches, totals
+
+    def _over_all(self, sums: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
 
     def _fill_in(self, batches: list[dict[str, Batch]]) -> None:
         """Give every process every task that any of them has in a micro-batch, when the model is sharded.
@@ -106,7 +103,7 @@ class AIATrainer(SafeTrainer):
         A sharded model is put together by all processes, layer by layer: if one of them made a pass more than
         another, both would wait for ever. A stand-in is real data without ids, and counts nothing.
         """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.sharding == "plain":
             return
         needed = torch.tensor([[float(task in micro) for task in TASKS] for micro in batches])
         needed = needed.to(self.args.device)
@@ -129,10 +126,6 @@ class AIATrainer(SafeTrainer):
     def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
         return {task: batch.to(self.args.device, self.module.adapter.dtype) for task, batch in inputs.items()}
 
-    @property
-    def module(self) -> SFTModule:
-        return self.accelerator.unwrap_model(self.model)
-
     def _seen(self, counts: Tensor) -> None:
         """Count this process' samples and label tokens, among the sums, which checkpoints keep."""
         before = self._sums.get(SEEN, torch.zeros(2 * len(TASKS), dtype=torch.float64))
@@ -141,9 +134,7 @@ class AIATrainer(SafeTrainer):
     def seen(self) -> dict[str, dict[str, int]]:
         """By task, the `samples` and label `tokens` of the run so far, over all processes."""
         counts = self._sums.get(SEEN, torch.zeros(2 * len(TASKS))).float().to(self.args.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        rows = counts.view(-1, 2).tolist()
+        rows = self._over_all(counts).view(-1, 2).tolist()
         return {t: {"samples": int(n), "tokens": int(m)} for t, (n, m) in zip(TASKS, rows, strict=True) if n}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -162,32 +153,27 @@ class AIATrainer(SafeTrainer):
         for task, values in logs.items():
             self._add(task, values, self.module.counts(inputs[task]))
         self.latest |= logs
-        if not math.isfinite(loss.item()):
-            file = self._report_nonfinite({t: {k: v.tolist() for k, v in x.items()} for t, x in logs.items()})
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteLoss(f"step {step}: the loss is {loss.item()}; its samples are in {file}")
+        self._check_finite("the loss", loss.item(), logs)
         loss = loss * self.accelerator.num_processes
         return (loss, logs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not math.isfinite(float(norm)):
-            file = self._report_nonfinite({"grad_norm": float(norm)})
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteLoss(
-                    f"step {self.state.global_step}: the gradient's norm is {float(norm)};"
-                    f" its samples are in {file}"
-                )
-            model.zero_grad()  # every process sees the same norm, so all of them leave this step out
+        if norm is not None:
+            self._check_finite("the gradient's norm", float(norm))
         return norm
 
-    def _report_nonfinite(self, values: dict[str, Any]) -> Path:
-        name = f"nonfinite-step{self.state.global_step}-process{self.accelerator.process_index}.json"
-        file = Path(self.args.output_dir) / name
+    def _check_finite(self, what: str, number: float, logs: Mapping[str, Any] | None = None) -> None:
+        """NonFiniteLoss if it is not, after the ids of the step's samples have been written down."""
+        if math.isfinite(number):
+            return
+        step = self.state.global_step
+        file = Path(self.args.output_dir) / f"nonfinite-step{step}-process{self.args.process_index}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        report = {"step": self.state.global_step, "samples": self._step_ids, "values": values}
+        values = {task: {k: v.tolist() for k, v in found.items()} for task, found in (logs or {}).items()}
+        report = {"step": step, what: number, "samples": self._step_ids, "values": values}
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        return file
+        raise NonFiniteLoss(f"step {step}: {what} is {number}; its samples are in {file}")
 
     # ---- what is logged --------------------------------------------------------------------------------
 
@@ -196,20 +182,17 @@ class AIATrainer(SafeTrainer):
         for name in ("ntp", "aia", "distance"):
             weight = counts["tokens" if name == "ntp" else "used"]
             if name in values and weight:
-                term = torch.stack(
-                    [values[name].float() * weight, torch.full_like(values[name].float(), weight)]
-                )
-                key = f"{name}/{task}"
+                value, key = values[name].float(), f"{name}/{task}"
+                term = torch.stack([value, torch.ones_like(value)]) * weight
                 self._sums[key] = self._sums.get(key, torch.zeros_like(term)) + term
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add ntp, aia and |I − T| by task to a training entry: means since the last, of all processes."""
         if "loss" in logs:
             keys = [f"{name}/{task}" for name in ("ntp", "aia", "distance") for task in TASKS]
-            sums = torch.stack([self._sums.get(k, torch.zeros(2, device=self.args.device)) for k in keys])
-            if self.accelerator.num_processes > 1:
-                sums = self.accelerator.reduce(sums, "sum")
-            logs |= {k: total / n for k, (total, n) in zip(keys, sums.tolist(), strict=True) if n}
+            none = torch.zeros(2, device=self.args.device)
+            sums = self._over_all(torch.stack([self._sums.get(key, none) for key in keys])).tolist()
+            logs |= {key: total / n for key, (total, n) in zip(keys, sums, strict=True) if n}
             logs["aia_weight"] = weight_at(self.config, max(0, self.state.global_step - 1))
             self._sums = {SEEN: self._sums[SEEN]} if SEEN in self._sums else {}
         super().log(logs, start_time)
@@ -231,10 +214,8 @@ class AIATrainer(SafeTrainer):
                     away = values.get("distance", torch.zeros_like(values["curve"][0]))
                     row = torch.cat([values["curve"], torch.stack([away, torch.ones_like(away)])])
                     sums[TASKS.index(task)] += used * row
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, "sum")
         found: dict[str, dict[str, Any]] = {}
-        for task, (*curve, away, used) in zip(TASKS, sums.tolist(), strict=True):
+        for task, (*curve, away, used) in zip(TASKS, self._over_all(sums).tolist(), strict=True):
             if used:
                 found[task] = {"curve": [value / used for value in curve]}
                 if self.module.targets is not None and getattr(self.module.targets, task):
@@ -253,27 +234,43 @@ class AIATrainer(SafeTrainer):
         self._fill_in(found)
         return found
 
-    # ---- checkpoints -----------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A folder that `load_adapter` reads, not a bare state dictionary and pickled arguments."""
-        if self.args.should_save:
-            self.module.save(output_dir or self.args.output_dir, state_dict)
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The part of a run's configuration that `transformers.Trainer` reads."""
+    same = (
+        "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed",
+        "dataloader_num_workers", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay",
+        "max_grad_norm", "warmup_steps", "lr_scheduler_type", "bf16", "full_determinism",
+        "save_total_limit", "logging_steps",
+    )  # fmt: skip
+    cpu = config.use_cpu or not torch.cuda.is_available()
+    arguments = TrainingArguments(
+        **{name: getattr(config, name) for name in same},
+        # Unless it is told, accelerate takes each of several processes without a GPU for the only one.
+        use_cpu=config.use_cpu or not torch.accelerator.is_available(),
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        report_to=loggers(config.report_to),
+        optim="adamw_torch" if cpu else "adamw_torch_fused",
+        logging_nan_inf_filter=False,  # a nan is reported, not smoothed over
+        ddp_find_unused_parameters=False,  # SFTModule gives every trained weight a gradient
+        remove_unused_columns=False,
+        disable_tqdm=False,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: never torch's old DataParallel
+    return arguments
 
-    def export(self, folder: str | Path) -> None:
-        """Write the trained model as one folder that `from_pretrained` reads, gathered if it is sharded."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        state = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
-        if self.args.should_save:
-            self.module.export(folder, state)
-        self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.module.load(resume_from_checkpoint)
-
-
-def _only(items: list) -> Any:
-    return items[0]
+def loggers(report_to: str) -> list[str]:
+    """`report_to` as the Trainer takes it. ImportError names what must be installed."""
+    if report_to == "none":
+        return []
+    if report_to == "auto":
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    names = [name.strip() for name in report_to.split(",")]
+    for name in names:
+        if name not in ("tensorboard", "wandb"):
+            raise ValueError(f"report_to {report_to!r}: choose auto, none, tensorboard or wandb")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"report_to {report_to}: {name} is not installed: pip install {name}")
+    return names

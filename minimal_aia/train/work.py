@@ -12,8 +12,8 @@ import torch
 from minimal_aia.train.activations import INDICATOR_COLUMNS, Rows
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.label_loss import LOGITS_AT_ONCE
-from minimal_aia.train.shapes import Shape, count
-from minimal_aia.train.weights import Weights
+from minimal_aia.train.parts import lora_targets
+from minimal_aia.train.shapes import Shape, Weights, count
 
 FORWARD, BACKWARD, BACKWARD_ATTENTION = 1, 2, 2.5
 
@@ -39,7 +39,8 @@ def work_of(shape: Shape, config: TrainConfig, weights: Weights, batch: Mapping[
 
 
 def _task(shape: Shape, config: TrainConfig, weights: Weights, rows: Rows, task: str) -> Work:
-    linear = 2 * rows.tokens * shape.layers * sum(m.weight.numel() for m in shape.linears().values())
+    matrices = [m.weight for m in lora_targets(shape.decoder_layers[0], "all-linear").values()]
+    linear = 2 * rows.tokens * shape.layers * count(matrices)
     # causal: a token meets half of the sequence on average; scores and weighted sum, two operations each
     attention = 2 * rows.tokens * shape.layers * shape.heads * shape.head_dim * rows.length
     lora = 2 * rows.tokens * weights.lora
@@ -71,13 +72,12 @@ def _task(shape: Shape, config: TrainConfig, weights: Weights, rows: Rows, task:
 
 def _encoder(shape: Shape, config: TrainConfig, task: str) -> float:
     """Of the frozen encoder, a picture."""
-    vision, vq = shape.frozen_parts()
     if shape.family == "janus" and task == "understanding":
-        return 2 * shape.image_tokens * count(vision.parameters()) if vision is not None else 0
+        return 2 * shape.image_tokens * count(shape.part("vision_model").parameters())
     if not shape.makes_codes(config, task):
         return 0
     frames = shape.model.config.vq_config.temporal_downsample_factor if shape.family == "emu3" else 0
-    return _counted(vq, shape.image_size, frames)
+    return _counted(shape.part("vqmodel"), shape.image_size, frames)
 
 
 @lru_cache(maxsize=4)

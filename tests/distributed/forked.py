@@ -16,7 +16,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 
-from minimal_aia.train import arguments
+from minimal_aia.train import sft
 from minimal_aia.train.config import TrainConfig
 
 TIME_LIMIT = 120  # seconds a world: nothing here can hang the tests
@@ -53,7 +53,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def force(sharding: str) -> None:
     """accelerate shards on GPUs only, and makes DDP of a CPU's processes: tell it otherwise."""
     os.environ.update(SHARDED[sharding])
-    make = arguments.training_arguments
+    make = sft.training_arguments
 
     def pretend(config: TrainConfig) -> Any:
         made = make(config)
@@ -68,7 +68,7 @@ def force(sharding: str) -> None:
         PartialState._shared_state["distributed_type"] = kind
         return made
 
-    arguments.training_arguments = pretend
+    sft.training_arguments = pretend
 
 
 def world(n: int, folder: Path, job: Callable[[int], int | None], sharding: str = "") -> list[int]:

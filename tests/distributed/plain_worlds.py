@@ -1,4 +1,4 @@
-"""The training module under PyTorch's own `fully_shard`, without accelerate: `plain_worlds.py FOLDER`.
+"""The training module under PyTorch's own `fully_shard`, without accelerate.
 
 Two optimizer steps of four micro-batches each, however many processes share them. After the first one the
 processes save with torch.distributed.checkpoint; a world of another size loads that and makes the second.
@@ -6,8 +6,6 @@ processes save with torch.distributed.checkpoint; a world of another size loads 
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,14 +74,14 @@ def write(module: SFTModule, path: Path, rank: int, gradients: bool) -> None:
         save_file(found, path)
 
 
-def job(rank: int, root: Path, n: int, labels: bool = True, resume: Path | None = None) -> None:
+def job(rank: int, root: Path, n: int, resume: Path | None = None) -> None:
     module = make(n)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     if resume is None:
-        backward(module, 0, rank, n, labels)
-        write(module, root / "gradients.safetensors", rank, gradients=True)
-        if not labels:
-            return
+        for name, labels in (("AIA alone", False), ("gradients", True)):
+            optimizer.zero_grad()
+            backward(module, 0, rank, n, labels)
+            write(module, root / f"{name}.safetensors", rank, gradients=True)
         optimizer.step()
         optimizer.zero_grad()
     state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(module, optimizer), strict=True))
@@ -99,20 +97,12 @@ def job(rank: int, root: Path, n: int, labels: bool = True, resume: Path | None 
     write(module, root / "weights.safetensors", rank, gradients=False)
 
 
-def main(root: Path) -> None:
-    runs: dict[str, tuple[int, dict[str, Any]]] = {
-        "one": (1, {}),
-        "two": (2, {}),
-        "two, then four": (4, {"resume": root / "two" / "dcp"}),
-        "one, AIA alone": (1, {"labels": False}),
-        "two, AIA alone": (2, {"labels": False}),
+def plain(root: Path) -> dict[str, list[int]]:
+    runs = {"one": (1, None), "two": (2, None), "two, then four": (4, root / "two" / "dcp")}
+    return {
+        name: world(n, root / name, partial(job, root=root / name, n=n, resume=resume))
+        for name, (n, resume) in runs.items()
     }
-    codes = {}
-    for name, (n, options) in runs.items():
-        codes[name] = world(n, root / name, partial(job, root=root / name, n=n, **options))
-    (root / "codes.json").write_text(json.dumps(codes))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+RUNS = {"plain": plain}

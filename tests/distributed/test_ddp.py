@@ -13,52 +13,41 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from worlds import assert_logs_equal, assert_tensors_equal, clean_environment, codes, logs, run_script, said
+from worlds import assert_logs_equal, assert_tensors_equal, clean_environment, codes, logs, said
 
+from minimal_aia.profile_command import check_processes
 from minimal_aia.train import checkpoints as ck
 from minimal_aia.train import sft
-from minimal_aia.train.config import TrainConfig
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
+    pytest.mark.xdist_group("worlds"),  # they share what `made` has made
     pytest.mark.skipif(not hasattr(os, "fork"), reason="worlds are forked: not on Windows"),
 ]
 
-WORLDS = [("both", 2), ("lacking", 4), ("janus lacking", 4), ("lora", 2)]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ddp")
-    run_script("train_worlds.py", root, "gradients", "resumes", "broken", "unsharded")
-    return root
+WORLDS = ("alone", "gradients", "resumes", "broken", "unsharded")
+CASES = [("both", 2), ("lacking", 4), ("lora", 2)]
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "n"), WORLDS)
-def test_gradients_are_those_of_one_process(root, case, n):
+@pytest.mark.parametrize(("case", "n"), CASES)
+def test_gradients_and_logs_are_those_of_one_process(made, case, n):
     """Of every trained weight, on every process; with accumulation where there are fewer than four."""
-    folder = root / "gradients"
-    assert codes(folder)[f"{case} {n}"] == [0] * n
+    mine, alone = made / "gradients" / case, made / "alone" / case
+    assert codes(made / "gradients")[case] == [0] * n
     for rank in range(n):
-        mine = folder / f"{case} {n}" / f"gradients-{rank}.safetensors"
-        assert_tensors_equal(mine, folder / f"{case} 1" / "gradients-0.safetensors")
+        file = mine / f"gradients-{rank}.safetensors"
+        assert_tensors_equal(file, alone / "gradients-0.safetensors")
+    assert len(logs(alone)[1]) >= 8
+    assert logs(mine)[1] == pytest.approx(logs(alone)[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("case", "n"), WORLDS)
-def test_what_is_logged_is_the_whole_steps(root, case, n):
-    folder = root / "gradients"
-    mine, alone = (logs(folder / f"{case} {size}")[1] for size in (n, 1))
-    assert len(mine) >= 8
-    assert mine == pytest.approx(alone, rel=1e-5)
-
-
-def test_both_tasks_and_all_their_heads_have_gradients(root):
+def test_both_tasks_and_all_their_heads_have_gradients(made):
     """Zeros would be equal, too."""
-    found = load_file(root / "gradients" / "janus lacking 1" / "gradients-0.safetensors")
+    found = load_file(made / "alone" / "lacking" / "gradients-0.safetensors")
     heads = [
         name for name in found if re.search(r"generation_(head|embeddings|aligner)|lm_head|\.aligner\.", name)
     ]
@@ -69,8 +58,8 @@ def test_both_tasks_and_all_their_heads_have_gradients(root):
 # --- stopping and going on ----------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(root):
-    folder = root / "resumes"
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(made):
+    folder = made / "resumes"
     assert codes(folder)["whole"] == [0, 0]
     assert codes(folder)["stopped"] == [143, 143]
     assert said(folder / "stopped").count("SIGTERM: saving and stopping after step 2") == 1
@@ -83,8 +72,8 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(root):
     ].keys()
 
 
-def test_on_as_many_processes_the_run_goes_on_to_the_last_bit(root):
-    folder = root / "resumes"
+def test_on_as_many_processes_the_run_goes_on_to_the_last_bit(made):
+    folder = made / "resumes"
     assert codes(folder)["on 2"] == [0, 0]
     assert logs(folder / "on 2").keys() == logs(folder / "whole").keys() == set(range(1, 5))
     assert_logs_equal(folder / "on 2", folder / "whole", relative=0)
@@ -93,8 +82,8 @@ def test_on_as_many_processes_the_run_goes_on_to_the_last_bit(root):
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_on_another_number_of_processes_the_losses_are_the_same(root, n):
-    folder = root / "resumes"
+def test_on_another_number_of_processes_the_losses_are_the_same(made, n):
+    folder = made / "resumes"
     assert codes(folder)[f"on {n}"] == [0] * n
     assert logs(folder / f"on {n}").keys() == set(range(1, 5))
     assert_logs_equal(folder / f"on {n}", folder / "whole")
@@ -102,8 +91,8 @@ def test_on_another_number_of_processes_the_losses_are_the_same(root, n):
     assert_tensors_equal(*weights)
 
 
-def test_other_steps_than_the_interrupted_runs_are_refused_with_the_remedy(root):
-    folder = root / "resumes"
+def test_other_steps_than_the_interrupted_runs_are_refused_with_the_remedy(made):
+    folder = made / "resumes"
     assert codes(folder)["other batch"] == [2, 2]
     (line,) = re.findall("error: .*", said(folder / "other batch"))
     assert "a step had 4 micro-batches (2 processes with 2), now 2 (2 processes with 1)" in line
@@ -111,11 +100,11 @@ def test_other_steps_than_the_interrupted_runs_are_refused_with_the_remedy(root)
     assert "error" not in said(folder / "other batch", rank=1)  # said once
 
 
-def test_a_nan_in_one_process_ends_all_and_names_that_process_samples(root):
-    ended = codes(root / "broken")["nan"]
+def test_a_nan_in_one_process_ends_all_and_names_that_process_samples(made):
+    ended = codes(made / "broken")["nan"]
     assert ended[1] == 2
     assert ended[0] != 0
-    report = json.loads((root / "broken" / "nan" / "run" / "nonfinite-step1-process1.json").read_text())
+    report = json.loads((made / "broken" / "nan" / "run" / "nonfinite-step1-process1.json").read_text())
     # Step 1, process 1 of 2 with two micro-batches each: numbers 6 and 7.
     assert {re.match(r"lab:\w+:(\d+):", sample)[1] for sample in report["samples"]} == {"6", "7"}
 
@@ -123,9 +112,9 @@ def test_a_nan_in_one_process_ends_all_and_names_that_process_samples(root):
 # --- launching ----------------------------------------------------------------------------------------------
 
 
-def test_fsdp_that_accelerate_quietly_turned_into_ddp_is_refused(root):
-    assert codes(root / "unsharded")["silent"] == [2, 2]
-    assert "FSDP was asked for, but accelerate runs MULTI_CPU" in said(root / "unsharded" / "silent")
+def test_fsdp_that_accelerate_quietly_turned_into_ddp_is_refused(made):
+    assert codes(made / "unsharded")["silent"] == [2, 2]
+    assert "FSDP was asked for, but accelerate runs MULTI_CPU" in said(made / "unsharded" / "silent")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +132,7 @@ def test_fewer_processes_than_asked_for_are_refused(environment, asked, came, mo
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"processes were asked for, {came} came up; start them with"):
-        sft.check_processes(TrainConfig(num_processes=asked))
+        check_processes(asked, sft.MODULE)
 
 
 def launched(launcher: list[str], *options: str) -> subprocess.Popen:

@@ -9,30 +9,34 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from worlds import assert_logs_equal, assert_tensors_equal, codes, run_script, said
+from worlds import assert_logs_equal, assert_tensors_equal, codes, said
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
+    pytest.mark.xdist_group("worlds"),  # they share what `made` has made
     pytest.mark.skipif(not hasattr(os, "fork"), reason="worlds are forked: not on Windows"),
 ]
 
 
-def test_only_the_first_process_reads_the_weights(tmp_path):
-    run_script("waiting_worlds.py", tmp_path)
-    assert codes(tmp_path) == {"one": [0], "waiting": [0, 0]}, said(tmp_path / "waiting", 1)
-    read = [json.loads((tmp_path / "waiting" / f"read-{rank}").read_text()) for rank in range(2)]
+WORLDS = ("waiting",)
+
+
+def test_only_the_first_process_reads_the_weights(made):
+    root = made / "waiting"
+    assert codes(root) == {"one": [0], "waiting": [0, 0]}, said(root / "waiting", 1)
+    read = [json.loads((root / "waiting" / f"read-{rank}").read_text()) for rank in range(2)]
     assert read == [True, False]
     assert_tensors_equal(
-        tmp_path / "waiting" / "gradients-1.safetensors", tmp_path / "one" / "gradients-0.safetensors"
+        root / "waiting" / "gradients-1.safetensors", root / "one" / "gradients-0.safetensors"
     )
-    assert_logs_equal(tmp_path / "waiting", tmp_path / "one")
+    assert_logs_equal(root / "waiting", root / "one")
     # On "meta", accelerate would give the waiting process' optimizer one weight only; right gradients do not
     # show that. What training has changed must be the same; but for single numbers: AdamW makes steps of one
     # size of gradients that are rounding errors.
-    files = [tmp_path / name / "run" / "model.safetensors" for name in ("waiting", "one")]
+    files = [root / name / "run" / "model.safetensors" for name in ("waiting", "one")]
     waiting, one = (load_file(file) for file in files)
-    begun = load_file(Path((tmp_path / "base").read_text()) / "model.safetensors")
+    begun = load_file(Path((root / "base").read_text()) / "model.safetensors")
     changed = [name for name in one if not torch.equal(one[name], begun[name])]
     assert len(changed) > 20
     for name in one:

@@ -1,9 +1,4 @@
-"""Worlds of 1, 2 and 4 processes (gloo, CPU) that train lab models: `train_worlds.py FOLDER NAME...`.
-
-One process imports everything and forks the processes of every world, as `torchrun` would start them but
-without paying seconds of imports for each. It trains nothing itself. RUNS, below, says what each name does;
-its worlds write into FOLDER/NAME.
-"""
+"""Worlds that train lab models through accelerate and the Trainer; RUNS, below, names them."""
 
 from __future__ import annotations
 
@@ -11,20 +6,17 @@ import json
 import os
 import shutil
 import signal
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from forked import SHARDED, whole, world
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from minimal_aia.train import sft, trainer
+from minimal_aia.train import sft
 from minimal_aia.train.config import TrainConfig
 
 MICRO_BATCHES = 4  # a step, whatever the world: one process makes all four, four make one each
@@ -111,29 +103,30 @@ def train(
 
 # 3:1 in micro-batches of two: every second one has no understanding sample, so of four processes two lack
 # that task. Janus' tasks use different heads. A sharded model also needs the same passes on every process.
-LACKING = {"task_ratio": "3:1"}
-# Options, and the sizes of worlds by sharding. One process without sharding is the reference.
-CASES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    "both": ({}, {"": (2,), "FSDP": (2,), "DEEPSPEED": (2,)}),
-    "lacking": ({**LACKING, "curve_steps": 1}, {"": (4,), "FSDP": (4,)}),
-    "janus lacking": ({**LACKING, "model": "lab/janus"}, {"": (4,), "FSDP": (4,), "DEEPSPEED": (4,)}),
-    "lora": ({"lora_rank": 4}, {"": (2,), "FSDP": (2,)}),
-    "recomputed": ({"gradient_checkpointing": True}, {"DEEPSPEED": (2,)}),
+LACKING = {"task_ratio": "3:1", "model": "lab/janus", "curve_steps": 1}
+# Options, and the size of the world by sharding. One process without sharding is the reference.
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "both": ({}, {"": 2, "FSDP": 2, "DEEPSPEED": 2}),
+    "lacking": (LACKING, {"": 4, "FSDP": 4, "DEEPSPEED": 4}),
+    "lora": ({"lora_rank": 4}, {"": 2, "FSDP": 2}),
+    "recomputed": ({"gradient_checkpointing": True}, {"DEEPSPEED": 2}),
 }
 
 
+def first_step(root: Path, case: str, n: int, sharding: str = "") -> list[int]:
+    options = {**CASES[case][0], "max_steps": 1, "max_grad_norm": 100.0}
+    return world(n, root / case, lambda rank: train(root / case, 0, **options), sharding)
+
+
+def alone(root: Path) -> dict[str, list[int]]:
+    """The gradients of a first step in one process; recomputing changes nothing."""
+    return {case: first_step(root, case, 1) for case in CASES if case != "recomputed"}
+
+
 def gradients(root: Path, sharding: str = "") -> dict[str, list[int]]:
-    """The gradients of a first step, of every case in every world."""
-    codes = {}
-    for case, (options, sizes) in CASES.items():
-        for n in (1, *sizes[sharding]) if sharding in sizes else ():
-            folder = root / f"{case} {n}"
-            mine = {**options, "gradient_checkpointing": False} if n == 1 else options
-            job = partial(
-                lambda rank, o, f: train(f, 0, max_steps=1, max_grad_norm=100.0, **o), o=mine, f=folder
-            )
-            codes[folder.name] = world(n, folder, job, sharding if n > 1 else "")
-    return codes
+    """The same in worlds of several."""
+    sizes = {case: mine[sharding] for case, (_, mine) in CASES.items() if sharding in mine}
+    return {case: first_step(root, case, n, sharding) for case, n in sizes.items()}
 
 
 # --- stopping, and going on with another number of processes ------------------------------------------------
@@ -151,13 +144,13 @@ def resumes(root: Path, sizes: tuple[int, ...] = (2, 1, 4), sharding: str = "") 
     for n in sizes:
         folder = root / f"on {n}"
         shutil.copytree(root / "stopped", folder)
-        codes[f"on {n}"] = world(
-            n, folder, partial(lambda rank, f: train(f, resume="auto"), f=folder), sharding
-        )
-    folder = root / "other batch"
-    shutil.copytree(root / "stopped", folder)
-    job = partial(train, folder, resume="auto", gradient_accumulation_steps=1)
-    codes["other batch"] = world(2, folder, lambda rank: job(), sharding)
+        job = partial(train, folder, resume="auto")
+        codes[f"on {n}"] = world(n, folder, lambda rank, job=job: job(), sharding)
+    if not sharding:
+        folder = root / "other batch"
+        shutil.copytree(root / "stopped", folder)
+        options = {"resume": "auto", "gradient_accumulation_steps": 1}
+        codes["other batch"] = world(2, folder, lambda rank: train(folder, **options))
     return codes
 
 
@@ -186,6 +179,7 @@ def unsharded(root: Path) -> dict[str, list[int]]:
 
 
 RUNS: dict[str, Callable[[Path], dict[str, list[int]]]] = {
+    "alone": alone,
     "gradients": gradients,
     "resumes": resumes,
     "broken": broken,
@@ -195,20 +189,3 @@ RUNS: dict[str, Callable[[Path], dict[str, list[int]]]] = {
     "DEEPSPEED gradients": partial(gradients, sharding="DEEPSPEED"),
     "DEEPSPEED resumes": partial(resumes, sizes=(2, 4), sharding="DEEPSPEED"),
 }
-
-
-def main(root: Path, names: list[str]) -> None:
-    sft.build(TrainConfig(**SMALL, output_dir=str(root / "warm-up")))  # imports what is imported lazily
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.PROBE_SAMPLES = 3  # for the layer curves
-    for name in names:
-        (root / name).mkdir()
-        start = time.monotonic()
-        codes = RUNS[name](root / name)
-        print(name, f"{time.monotonic() - start:.1f} s", codes, flush=True)
-        (root / name / "codes.json").write_text(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])

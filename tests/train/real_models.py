@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from checkpoints import MAKERS
+from torch import Tensor
 
 from minimal_aia.data import Sample, read_samples
 from minimal_aia.models import load_adapter

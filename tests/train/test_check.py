@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from data_fakes import entries, write_lines, write_pictures
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from checkpoints import MAKERS
+from data_fakes import entries, padding, write_lines, write_pictures
+from real_models import checkpoint
 
 from minimal_aia import cli
 from minimal_aia.models import load_adapter
 from minimal_aia.train.check import check_data, histogram, kind
 from minimal_aia.train.config import TrainConfig
-from minimal_aia.train.data import open_data, padding
+from minimal_aia.train.data import open_data
 
-torch.set_num_threads(1)
 TASKS = ("generation", "understanding")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return MAKERS["janus"](tmp_path_factory.mktemp("janus") / "tiny")
+@pytest.fixture
+def model() -> Path:
+    return checkpoint("janus")
 
 
 @pytest.fixture
@@ -141,7 +134,7 @@ def test_reasons_have_kinds(reason, named):
 def test_nothing_to_check_and_a_bad_out_are_errors(tmp_path, recipe, capsys):
     (tmp_path / "lab.yaml").write_text("max_steps: 3\n")
     assert cli.main(["check-data", str(tmp_path / "lab.yaml")]) == 2
-    assert "endless fresh scenes of the lab; there is nothing to do" in capsys.readouterr().err
+    assert "endless scenes of the lab; there is nothing to do" in capsys.readouterr().err
     assert cli.main(["check-data", str(recipe), "--out", "x.txt"]) == 2
     assert "--out x.txt: expected a .csv file" in capsys.readouterr().err
 

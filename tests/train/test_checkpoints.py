@@ -158,11 +158,11 @@ def test_sizes_alone_find_what_is_half_written_but_no_flipped_bit(tmp_path):
     folder = tmp_path / ck.STAGING / "checkpoint-2"
     folder.mkdir(parents=True)
     (folder / "a").write_bytes(b"abc")
-    assert ck.seal(folder, hashes=False)["files"] == {"a": {"bytes": 3}}
+    ck.seal(folder)
     flip(folder / "a", 1)
-    assert ck.problems(folder) == []
+    assert ck.problems(folder, hashes=False) == []
     os.truncate(folder / "a", 2)
-    assert ck.problems(folder) == ["a has 2 bytes instead of 3"]
+    assert ck.problems(folder, hashes=False) == ["a has 2 bytes instead of 3"]
 
 
 # --- writing ------------------------------------------------------------------------------------------------

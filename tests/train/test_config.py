@@ -179,7 +179,7 @@ def test_options_win_over_the_recipe_and_are_checked_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--max-step", "3"], "unknown argument --max-step; did you mean max_steps?"),
+        (["--max-step", "3"], "unknown argument --max-step; did you mean --max-steps?"),
         (["--max_steps", "many"], "max_steps is 'many': expected a whole number"),
         (["--aia-kind=l3"], "choose from huber, l1, l2"),
         (["--bf16", "perhaps"], "expected true or false"),

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_fakes import entries, write_lines, write_pictures
+from data_fakes import entries, padding, write_lines, write_pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from real_models import checkpoint
 from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from checkpoints import MAKERS
 
 from minimal_aia.data import SampleError, read_samples
 from minimal_aia.loss import aia_loss
 from minimal_aia.models import load_adapter
 from minimal_aia.pictures import open_picture
 from minimal_aia.train.config import TrainConfig, micro_batch, task_counts
-from minimal_aia.train.data import MixedBatches, data_adapter, open_data, padding
+from minimal_aia.train.data import MixedBatches, data_adapter, open_data
+from minimal_aia.train.saving import check_same_files, check_same_run
 
-torch.set_num_threads(1)
 TASKS = ("generation", "understanding")
 FAMILIES = ("janus", "emu3")
 LIGHT = {}  # adapters without weights, made once
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    return {family: MAKERS[family](tmp_path_factory.mktemp(family) / "tiny") for family in FAMILIES}
+def models() -> dict[str, Path]:
+    return {family: checkpoint(family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +281,7 @@ def test_about_the_asked_share_is_dropped_and_only_in_generation(models, folder)
 def test_a_model_that_cannot_drop_prompts_says_so(models, folder):
     data = Path(__file__).parents[2] / "data_samples"
     c = TrainConfig(**{f"{task}_data": str(data / f"{task}.jsonl") for task in TASKS}, prompt_dropout=0.1)
-    with pytest.raises(ValueError, match=r"prompt_dropout 0\.1: the lab family drops no prompts; set 0"):
+    with pytest.raises(ValueError, match=r"prompt_dropout: the lab family drops no prompts; set 0"):
         open_data(c)
 
 
@@ -436,14 +430,17 @@ def test_lab_models_train_on_files_too():
     assert {task: len(b) for task, b in batch.items()} == {"generation": 8, "understanding": 8}
 
 
-def test_a_fingerprint_tells_another_order(models, folder):
-    c = config(models, folder)
-    one = open_data(c).fingerprint()
-    assert open_data(replace(c, dataloader_num_workers=3, max_length=99)).fingerprint() == one
-    assert open_data(replace(c, per_device_train_batch_size=2), 2).fingerprint() == one
+def test_settings_that_change_the_order_are_refused_on_resume_and_others_are_not(models, folder):
+    c, said = config(models, folder), []
+    manifest = {"config": asdict(c), "world_size": 1}
     for change in ({"seed": 1}, {"task_ratio": "2:1"}, {"prompt_dropout": 0.1}, {"length_window": 4}):
-        assert open_data(replace(c, **change)).fingerprint() != one
-    assert open_data(c, 2).fingerprint() != one
+        with pytest.raises(ValueError, match=f"{next(iter(change))} was .*in another order"):
+            check_same_run(Path("c"), manifest, replace(c, **change), 1, said.append)
+    with pytest.raises(ValueError, match="a step had 1 micro-batches"):
+        check_same_run(Path("c"), manifest, c, 2, said.append)
+    assert said == []
+    check_same_run(Path("c"), manifest, replace(c, dataloader_num_workers=3, aia_weight=1), 1, said.append)
+    assert said == ["resume c: aia_weight was 40.0, now it is 1"]
 
 
 def test_lab_scenes_and_files_do_not_mix(models, folder):
@@ -464,21 +461,13 @@ def test_data_adapter_follows_the_recipe(models):
 
 def test_a_run_does_not_go_on_with_other_files(models, folder, tmp_path):
     """Its manifest holds the fingerprints; a line more, and the order would be another."""
-    from types import SimpleNamespace
-
-    from minimal_aia.train import checkpoints
-    from minimal_aia.train.saving import check_same_files, data_fingerprints
-
     for task in TASKS:
         (tmp_path / f"{task}.jsonl").write_text((folder / f"{task}.jsonl").read_text())
     c = config(models, tmp_path)
-    saved = tmp_path / "checkpoint-1"
-    saved.mkdir()
-    trainer = SimpleNamespace(train_dataset=open_data(c))
-    checkpoints.seal(saved, data=data_fingerprints(trainer))
-    check_same_files(saved, SimpleNamespace(train_dataset=open_data(c)))
+    manifest = json.loads(json.dumps({"data": open_data(c).fingerprints()}))
+    check_same_files(Path("c"), manifest, open_data(c))
     with (tmp_path / "understanding.jsonl").open("a") as file:
         file.write(json.dumps(entries("understanding", 9, ["images/0.png"])[-1]) + "\n")
     with pytest.raises(ValueError, match="understanding_data holds other samples than when it was written"):
-        check_same_files(saved, SimpleNamespace(train_dataset=open_data(c)))
-    assert data_fingerprints(SimpleNamespace(train_dataset=[])) == {}
+        check_same_files(Path("c"), manifest, open_data(c))
+    check_same_files(Path("c"), {"data": {}}, [])  # lab scenes: nothing to compare

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from data_fakes import entries, write_lines, write_pictures
+from real_models import checkpoint
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from checkpoints import MAKERS
 
 from minimal_aia import cli
 from minimal_aia.train import sft
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.recipe import to_yaml
 
-torch.set_num_threads(1)
 TASKS = ("generation", "understanding")
 
 
 @pytest.fixture(scope="module", params=["janus", "emu3"])
 def config(request, tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp(request.param)
-    MAKERS[request.param](folder / "tiny")
     pictures = write_pictures(folder)
     for task in TASKS:
         write_lines(folder / f"{task}.jsonl", entries(task, 9, pictures))
     c = TrainConfig(
-        model=str(folder / "tiny"),
+        model=str(checkpoint(request.param)),
         **{f"{task}_data": str(folder / f"{task}.jsonl") for task in TASKS},
         targets=("janus-pro" if request.param == "janus" else "emu3") + ":rescaled",
         per_device_train_batch_size=4,

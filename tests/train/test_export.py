@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_models import checkpoint, module
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
-
-sys.path.insert(0, str(Path(__file__).parent))
-from real_models import checkpoint, module
 
 from minimal_aia.cli import main
 from minimal_aia.models import load_adapter

@@ -19,6 +19,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("kills"),  # they read what one worker has made
     pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked: not on Windows"),
 ]
 

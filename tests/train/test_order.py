@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimal_aia.train.config import TASKS, TrainConfig, micro_batch, task_counts
-from minimal_aia.train.order import Order, check_even
+from minimal_aia.train.order import Order
 
 RATIOS = st.one_of(
     st.sampled_from(["1:1", "2:1", "1:3", "1:0", "0:1", "0.7:0.3", "3:7"]),
@@ -150,16 +150,6 @@ def test_with_one_sample_a_process_tasks_alternate_in_time_not_over_processes():
                 if order.stretch(task, micro_batch(c, step, micro, rank, 4))
             )
             assert len(tasks) == 1  # all processes do the same task at the same time
-
-
-def test_sharded_models_refuse_batches_that_leave_a_process_a_task_short():
-    check_even(config("1:1", batch=1), 4)
-    check_even(config("1:1", batch=2), 4)
-    check_even(config("3:1", batch=4), 8)
-    check_even(config("3:1", batch=2), 1)
-    check_even(config("3:1", batch=1, accumulation=4), 2)
-    with pytest.raises(ValueError, match="task_ratio 3:1 with per_device_train_batch_size 2: in step 0 some"):
-        check_even(config("3:1", batch=2), 2)
 
 
 def test_a_window_of_16_steps_makes_packing_needless():

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from real_models import checkpoint, gradients, module, samples
+from safetensors.torch import load_file
 
 from minimal_aia.models import load_adapter
 from minimal_aia.train.config import TASKS, TrainConfig
@@ -85,7 +80,7 @@ def test_modules_can_be_named():
     made = module("janus", **LORA, lora_target_modules="q_proj, v_proj")
     names = {n.split(".lora_")[0].rpartition(".")[2] for n, _ in made.named_parameters() if "lora_" in n}
     assert names == {"q_proj", "v_proj"}
-    with pytest.raises(ValueError, match=r"'c_attn'.*choose all-linear or some of down_proj"):
+    with pytest.raises(ValueError, match=r"'c_attn'.*choose all-linear or some of q_proj"):
         module("janus", **LORA, lora_target_modules="c_attn")
 
 

@@ -29,8 +29,7 @@ from minimal_aia.train.plan import Lengths, plan
 from minimal_aia.train.plan_report import plan_text
 from minimal_aia.train.recipe import parse_recipe
 from minimal_aia.train.remedies import remedies
-from minimal_aia.train.shapes import count, read_shape
-from minimal_aia.train.weights import count_weights
+from minimal_aia.train.shapes import count, count_weights, read_shape
 from minimal_aia.train.work import work_of
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +73,7 @@ def test_built_in_shapes_have_the_size_of_the_published_files(model, gigabytes, 
     shape = read_shape(model)
     numbers = count(shape.model.parameters())
     if model == "emu3":
-        numbers -= count(shape.frozen_parts()[1].parameters())
+        numbers -= count(shape.part("vqmodel").parameters())
     else:
         numbers += 12_596_224  # the pooling head of the vision encoder, which transformers leaves out
     assert width * numbers / 1e9 == pytest.approx(gigabytes, abs=0.005 * files)
@@ -345,7 +344,7 @@ def test_every_gpu_is_found_by_its_name_and_others_by_their_memory():
 
 
 def test_the_text_adds_up():
-    shown = plan_text(SEVEN_B, 8, "fsdp2", "h100")
+    shown = plan_text(SEVEN_B, Layout.of("fsdp2", 8), "h100")
     table = shown[shown.index("weights  ") : shown.index("needed:")].strip().splitlines()
     columns = list(zip(*(re.split(r" {2,}", line)[1:] for line in table)))
     assert len(table) > 8
@@ -356,7 +355,7 @@ def test_the_text_adds_up():
     assert "fits" in shown
     assert "not done here" in shown
     assert "what to change" not in shown
-    assert "what to change" in plan_text(SEVEN_B, 1, gpu="rtx4090")
+    assert "what to change" in plan_text(SEVEN_B, Layout(), "rtx4090")
 
 
 def test_a_kind_without_formulas_is_told_and_stops_no_dry_run(tmp_path, capsys):

@@ -8,20 +8,14 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data_fakes import entries, write_lines, write_pictures
+from real_models import checkpoint
 from safetensors.numpy import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from checkpoints import MAKERS
 
 from minimal_aia.data import SampleError
 from minimal_aia.models import load_adapter
@@ -33,7 +27,6 @@ from minimal_aia.train.data import open_data
 from minimal_aia.train.open_source import open_source
 from minimal_aia.train.prepare import prepare
 
-torch.set_num_threads(1)
 TASKS = ("generation", "understanding")
 FAMILIES = ("janus", "emu3")
 N = {"generation": 11, "understanding": 8}
@@ -41,10 +34,10 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
+def adapters():
     made = {}
     for family in FAMILIES:
-        folder = MAKERS[family](tmp_path_factory.mktemp(family) / "tiny")
+        folder = checkpoint(family)
         made[family] = load_adapter(folder, device="cpu", dtype=torch.float32)
         made[family].set_pictures("crop")
         made[family].ends_turns = True
@@ -318,7 +311,7 @@ def test_codes_of_other_data_models_or_pictures_are_refused(adapters, folder):
     finally:
         with torch.no_grad():
             weight.div_(2)
-    with pytest.raises(ValueError, match="shards of another size; choose a new folder"):
+    with pytest.raises(ValueError, match="another model or shard size; choose a new folder"):
         run(adapter, folder, shard_size=4)
     lines = folder / "generation.jsonl"
     lines.write_text(lines.read_text().replace("circle", "square"))

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 from real_models import LAYERS, TARGETS, checkpoint
 
 from minimal_aia import cli
@@ -24,8 +22,8 @@ from minimal_aia.train.config import TrainConfig, task_counts
 from minimal_aia.train.layout import GIB, Layout, read_layout, running_layout
 from minimal_aia.train.memory import BUCKETS, LIVE
 from minimal_aia.train.module import resolve_targets
+from minimal_aia.train.plan_report import parse_command, planned, read_header, recipes, table
 from minimal_aia.train.recipe import read_recipe
-from minimal_aia.train.recipe_table import parse_command, planned, read_header, recipes, table
 from minimal_aia.train.shapes import read_shape
 
 ROOT = Path(__file__).parents[2]
@@ -203,7 +201,7 @@ def test_fsdp2_wraps_the_layers_of_the_model_that_is_trained(name, monkeypatch):
 def test_the_other_layer_class_that_comments_name_is_emu3s(monkeypatch):
     text = (RECIPES / "fsdp2.yaml").read_text()
     (named,) = re.findall(r"--fsdp_transformer_layer_cls_to_wrap (\w+)", text)
-    assert named == read_shape("emu3").layer_class
+    assert named == type(read_shape("emu3").decoder_layers[0]).__name__
     env = launched(RECIPES / "fsdp2.yaml", monkeypatch, "--fsdp_transformer_layer_cls_to_wrap", named)
     assert env["FSDP_TRANSFORMER_CLS_TO_WRAP"] == named  # an option wins over the file
 
@@ -233,7 +231,7 @@ def test_transformers_fills_what_zero3_leaves_to_the_recipe(tmp_path):
     """With transformers' own class: every `auto` gets a value, and none contradicts the arguments."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    from minimal_aia.train.arguments import training_arguments
+    from minimal_aia.train.trainer import training_arguments
 
     config = TrainConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4
@@ -268,7 +266,7 @@ SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> "$HERE/queue"; fi
 """
 ACCELERATE = """#!{python}
-# Stands for `accelerate launch`: trains until it is warned, as train/signals.py does.
+# Stands for `accelerate launch`: trains until it is warned, as train/callbacks.py does.
 import json, os, signal, sys, time
 from pathlib import Path
 here = Path(os.environ["HERE"])

@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
-
-sys.path.insert(0, str(Path(__file__).parent))
 from real_models import module
+from transformers import TrainerCallback
 
 from minimal_aia.lab import models
 from minimal_aia.lab.finetune import finetune, step_batches
@@ -29,7 +24,6 @@ from minimal_aia.train.config import TASKS, TrainConfig
 from minimal_aia.train.module import SFTModule, resolve_targets
 from minimal_aia.train.trainer import AIATrainer, NonFiniteLoss
 
-torch.set_num_threads(1)
 SMALL: dict[str, Any] = {
     "model": "lab/unified",
     "per_device_train_batch_size": 4,
@@ -149,19 +143,14 @@ def joined(parts: list[dict[str, Batch]]) -> dict[str, Batch]:
 
 
 class Spoil(TrainerCallback):
-    """Makes one weight infinite before a step, and puts it back after."""
+    """Makes one weight infinite before a step."""
 
     def __init__(self, weight, step: int) -> None:
         self.weight, self.step = weight, step
 
     def on_step_begin(self, args, state, control, **_) -> None:
         if state.global_step == self.step:
-            self.before = self.weight.data.clone()
             self.weight.data.fill_(float("inf"))
-
-    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
-        if state.global_step == self.step:
-            self.weight.data.copy_(self.before)
 
 
 def test_a_nan_loss_stops_the_run_and_names_its_samples(tmp_path):
@@ -175,25 +164,6 @@ def test_a_nan_loss_stops_the_run_and_names_its_samples(tmp_path):
     assert report["samples"] == want
     assert len(want) == 4
     assert trainer.state.global_step == 2
-
-
-def test_a_nan_step_can_be_left_out(tmp_path):
-    trainer = sft.build(config(tmp_path, on_nonfinite="skip", max_steps=4))
-    weight = trainer.module.model.model.norm.weight
-    trainer.add_callback(Spoil(weight, 2))
-    snapshots = []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, **_) -> None:
-            snapshots.append({n: p.detach().clone() for n, p in trainer.module.named_parameters()})
-
-    trainer.add_callback(Look())
-    trainer.train()
-    assert trainer.state.global_step == 4
-    assert all(p.isfinite().all() for p in trainer.module.parameters())
-    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in pairwise(snapshots)]
-    assert same == [False, True, False]  # step 2 changed nothing
-    assert list(tmp_path.glob("nonfinite-*.json"))
 
 
 # ---- what is left behind -------------------------------------------------------------------------------
