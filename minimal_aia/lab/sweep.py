@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import yaml
 from tqdm import tqdm
 
@@ -158,8 +159,9 @@ def _work(job: tuple[Run, Path, str]) -> None:
 def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1, device: str = "cpu") -> None:
     """Do every run that is missing, in order of the files, `jobs` at a time."""
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("*.tmp"):  # of a killed sweep
-        shutil.rmtree(left, ignore_errors=True)
+    for left in out.glob("*.tmp"):  # of a killed sweep; another one may be at work on the same folder
+        if not psutil.pid_exists(int(left.name.split(".")[1])):
+            shutil.rmtree(left, ignore_errors=True)
     missing = {run.key(): run for sweep in sweeps for run in sweep.runs if not run.done(out)}
     check_models(list(missing.values()))
     with (
@@ -168,6 +170,8 @@ def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1, device: str = "cpu") 
     ):
         waiting = {pool.submit(_work, (run, out, device)): run for run in missing.values()}
         for done in as_completed(waiting):
+            if done.exception():  # finish what runs, start nothing more
+                pool.shutdown(cancel_futures=True)
             done.result()
             run = waiting[done]
             bar.set_postfix_str(f"{run.sweep}: {run.arm}, seed {run.config.seed}")

@@ -122,6 +122,31 @@ def test_a_killed_sweep_goes_on_and_its_table_is_that_of_an_undisturbed_one(tmp_
     assert stored["config"]["max_steps"] == 2
 
 
+def test_a_sweep_clears_up_after_dead_ones_only(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f"0123.{pid}.tmp").mkdir()
+    sweep.run_all([], tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"0123.{os.getpid()}.tmp"]
+
+
+def test_a_run_that_fails_ends_the_sweep_and_what_is_done_stays(tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    arms = {
+        "without": {"aia_weight": 0},
+        "wither": {"model": str(broken)},
+        "with": {},
+    }  # in the order of the alphabet
+    file, runs = write(tmp_path, arms=arms, seeds=[0, 1, 2]), tmp_path / "runs"
+    assert main(["sweep", str(file), "--runs", str(runs)]) == 2
+    assert "broken" in capsys.readouterr().err
+    assert 3 <= len(list(runs.glob("*/config.json"))) < 6
+    assert not list(runs.glob("*.tmp"))
+
+
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=12).filter(lambda v: np.std(v) > 1e-3))
 @settings(max_examples=50, deadline=None)
 def test_the_interval_is_students(values):
