@@ -58,7 +58,7 @@ def notebooks(root: Path = ROOT) -> list[Path]:
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook file; ValueError if it is none."""
     try:
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)
         nbformat.validate(notebook)
     except Exception as error:  # as many classes as ways to be none
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

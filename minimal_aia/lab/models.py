@@ -254,12 +254,14 @@ def save(model: PreTrainedModel, codebook: np.ndarray, folder: Path) -> None:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bars of transformers: seventy tensors are read before one is drawn."""
-    bars = logging.is_progress_bar_enabled()
+    """No progress bars and reports of transformers: small models load at once, and what is missing we say."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 

@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; OSError if there is no such file, ValueError if it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
