@@ -160,6 +160,8 @@ def check(args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace) -> int:
+    if Path(args.out).is_file():
+        raise ValueError(f"{args.out}: is a file; give a folder")
     config = _config_with_data(args)
     device, first = join_processes(args.device, args.processes)
 

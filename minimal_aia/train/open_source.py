@@ -41,6 +41,8 @@ def open_source(spec: str, task: str, folder: str | Path | None = None, block: i
 def _open(spec: str, streaming: bool) -> Any:
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would report is in our errors
+
     def load(*args: Any, **options: Any) -> Any:
         try:
             return datasets.load_dataset(*args, split="train", streaming=streaming, **options)
