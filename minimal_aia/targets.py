@@ -286,7 +286,7 @@ class StageTargets:
         try:
             return cls.from_dict(yaml.safe_load(text))
         except yaml.YAMLError as error:
-            raise ValueError(f"not YAML: {error}") from None
+            raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
