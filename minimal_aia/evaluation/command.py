@@ -9,6 +9,7 @@ from typing import Any
 
 from minimal_aia.console import not_negative, positive
 from minimal_aia.evaluation.generation import add_generation
+from minimal_aia.evaluation.imported import check_table, save_table
 from minimal_aia.evaluation.understanding import add_understanding
 from minimal_aia.profile_command import check_writable
 
@@ -45,11 +46,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         description="Score models. `minimal-aia evaluate WHAT --help` says more about each.",
     )
     kinds = group.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=type(group))
-    adders: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (
-        add_lab,
-        add_generation,
-        add_understanding,
-    )
+    adders: list[Callable[[Any], argparse.ArgumentParser]] = [add_lab, add_generation, add_understanding]
     for add in adders:
         # SUPPRESS: a sub-parser's default would overwrite a --debug that was given before WHAT.
         add(kinds).add_argument(
@@ -80,28 +77,21 @@ def run_lab(args: argparse.Namespace) -> int:
     import pandas as pd
     from tqdm import tqdm
 
-    from minimal_aia.evaluation.interleaved import interleaved
-    from minimal_aia.evaluation.lab_benchmark import benchmark, ground_truth, guesser
+    from minimal_aia.evaluation.interleaved import everything
+    from minimal_aia.evaluation.lab_benchmark import ground_truth, guesser
     from minimal_aia.evaluation.scores import scores, side_by_side
     from minimal_aia.evaluation.subjects import lab_subject
 
-    subjects = [
-        lab_subject(model) for model in args.models
-    ]  # a wrong name is found before anything is measured
-    tables = []
-    for subject in tqdm(subjects, desc="evaluate", unit="model"):
-        tables.append(scores(benchmark(subject, args.items, args.seed)))
-        if len(subject.tasks) == 2:
-            tables.append(scores(interleaved(subject, args.items, args.seed)))
+    # All are loaded first: a wrong name is found before anything is measured.
+    subjects = [lab_subject(model) for model in args.models]
     asked = (args.items, args.seed)
-    around = [guesser("blind", *asked), guesser("unbound", *asked)]
-    around += [ground_truth(codebook, *asked) for codebook in (None, subjects[0].codebook)]
-    tables += [scores(frame) for frame in around]
-    table = pd.concat(tables, ignore_index=True)
+    frames = [everything(subject, *asked) for subject in tqdm(subjects, desc="evaluate", unit="model")]
+    frames += [guesser(kind, *asked) for kind in ("blind", "unbound")]
+    frames += [ground_truth(codebook, *asked) for codebook in (None, subjects[0].codebook)]
+    table = pd.concat([scores(frame) for frame in frames], ignore_index=True)
     print(side_by_side(table).to_string(index=False))
     if args.out:
         save_table(table, args.out)
-        print(f"wrote {len(table)} scores to {args.out}")
     return 0
 
 
@@ -133,16 +123,3 @@ def run_report(args: argparse.Namespace) -> int:
     report(args.runs, args.items, args.samples, args.seed, args.scores).write(args.out)
     print(f"wrote {args.out}")
     return 0
-
-
-def check_table(path: Path) -> None:
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out {path}: the suffix must be .csv or .parquet")
-    check_writable(path)
-
-
-def save_table(table: Any, path: Path) -> None:
-    if path.suffix == ".csv":
-        table.to_csv(path, index=False, float_format="%.6g")
-    else:
-        table.to_parquet(path, index=False)

@@ -6,10 +6,12 @@ import argparse
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minimal_aia.console import a_device, not_negative, number, positive
 from minimal_aia.evaluation.prompts import (
     Layout,
     Prompt,
@@ -20,7 +22,7 @@ from minimal_aia.evaluation.prompts import (
     save,
     write_whole,
 )
-from minimal_aia.profile_command import check_task, join_processes, positive
+from minimal_aia.profile_command import check_task, join_processes
 
 if TYPE_CHECKING:
     from minimal_aia.models.base import Adapter
@@ -77,17 +79,18 @@ def export(
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    from minimal_aia.evaluation.drawing import draw, drawer, image_seed
+    from minimal_aia.models.draw import draw, image_seed
 
     check_images(layout, images)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, must be above 0")
-    mine, out, state = drawer(adapter), Path(out), PartialState()
+    mine, out, state = adapter.drawer(), Path(out), PartialState()
     chosen = prompts[:limit]
-    reasons = [f"{p.id}: {reason}" for p in chosen if (reason := mine.why_not(p.text))]
+    reasons = [f"{p.id}: {reason}" for p in chosen if (reason := adapter.bad_text(p.text))]
     if reasons:
-        more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
-        raise ValueError(f"{adapter.name} cannot draw these prompts:\n  " + "\n  ".join(reasons[:10]) + more)
+        more = [f"and {len(reasons) - 10} more"] if len(reasons) > 10 else []
+        shown = "\n  ".join(reasons[:10] + more)
+        raise ValueError(f"{adapter.name} cannot draw these prompts:\n  {shown}")
     asked = {
         "model": adapter.name,
         "family": adapter.family,
@@ -124,7 +127,7 @@ def export(
             seeds = [image_seed(seed, prompt.id, number) for prompt, number in batch]
             try:
                 texts = [prompt.text for prompt, _ in batch]
-                pictures = draw(mine, texts, seeds, guidance, temperature, top_k)
+                pictures = draw(mine, texts, seeds, guidance=guidance, temperature=temperature, top_k=top_k)
             except torch.OutOfMemoryError as error:
                 raise MemoryError(f"out of memory drawing {len(batch)} at a time: --batch-size") from error
             for (prompt, number), picture in zip(batch, pictures, strict=True):
@@ -195,16 +198,22 @@ def add_generation(kinds: Any) -> argparse.ArgumentParser:
     add("--limit", type=positive, metavar="N", help="only the first N prompts")
     add(
         "--guidance",
-        type=float,
+        type=number,
         metavar="W",
         help="classifier-free guidance (default: Janus 5, Emu3 3, lab 1)",
     )
-    add("--temperature", type=float, default=1.0, metavar="T", help="of sampling (default 1)")
-    add("--top-k", type=int, metavar="K", help="sample from the K likeliest (default: all; Emu3 2048)")
-    add("--seed", type=int, default=0, help="other pictures of the same prompts (default 0)")
+    add(
+        "--temperature",
+        type=partial(number, above=True),
+        default=1.0,
+        metavar="T",
+        help="of sampling (default 1)",
+    )
+    add("--top-k", type=positive, metavar="K", help="sample from the K likeliest (default: all; Emu3 2048)")
+    add("--seed", type=not_negative, default=0, help="other pictures of the same prompts (default 0)")
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures at a time (default 16)")
     add("--family", help="the model's family, if its config does not tell")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
+    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
     add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
     add("--processes", type=positive, metavar="N", help="stop unless N processes were started")

@@ -31,10 +31,6 @@ TABLE = ["model", "task", "metric", "group", "value", "items", "harness", "versi
 UNKNOWN = "unknown"
 
 
-class ScoreError(ValueError):
-    """A result file is not what its scorer writes; the message names file and line."""
-
-
 def import_scores(
     path: str | Path, harness: str | None = None, model: str | None = None, version: str | None = None
 ) -> pd.DataFrame:
@@ -44,7 +40,7 @@ def import_scores(
     model: what to call the model (default: what the file says; GenEval's says nothing).
     version: the harness's version or commit (default: what the file says, else "unknown").
 
-    Raises ScoreError naming file and line, FileNotFoundError.
+    Raises ValueError naming file and line, FileNotFoundError.
     """
     import pandas as pd
 
@@ -53,11 +49,11 @@ def import_scores(
         raise FileNotFoundError(f"{path}: no such result file")
     harness = harness or {".jsonl": "geneval", ".txt": "dpg", ".json": "lmms"}.get(path.suffix)
     if harness not in READERS:
-        raise ScoreError(f"{path}: whose result file is this? Say --harness {', '.join(READERS)}")
+        raise ValueError(f"{path}: whose result file is this? Say --harness {', '.join(READERS)}")
     rows, said = READERS[harness](path)
     name = model or said.get("model")
     if not name:
-        raise ScoreError(f"{path}: {harness}'s result file does not name the model: say --model NAME")
+        raise ValueError(f"{path}: {harness}'s result file does not name the model: say --model NAME")
     table = pd.DataFrame(rows, columns=["task", "metric", "group", "value", "items"])
     table.insert(0, "model", name)
     table["items"] = table["items"].astype("Int64")
@@ -79,7 +75,7 @@ def read_geneval(path: Path) -> Found:
 
     frame = pd.DataFrame(list(_geneval_lines(path)), columns=["filename", "tag", "correct", "metadata"])
     if frame.empty:
-        raise ScoreError(f"{path}: the file is empty")
+        raise ValueError(f"{path}: the file is empty")
     shares = frame.groupby("tag", sort=False)["correct"].agg(["mean", "size"])
     rows: list[Row] = [("geneval", "score", str(t), float(m), int(n)) for t, m, n in shares.itertuples()]
     any_right = frame.groupby("metadata")["correct"].any()
@@ -98,15 +94,15 @@ def _geneval_lines(path: Path) -> Iterator[tuple[str, str, bool, str]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ScoreError(f"{where}: not JSON ({error})") from None
+            raise ValueError(f"{where}: not JSON ({error})") from None
         wanted = {"filename": str, "tag": str, "correct": bool, "metadata": str}
         for key, kind in wanted.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                raise ScoreError(
+                raise ValueError(
                     f"{where}: no {key!r} of type {kind.__name__}; is this GenEval's results.jsonl?"
                 )
         if entry["filename"] in seen:
-            raise ScoreError(
+            raise ValueError(
                 f"{where}: {entry['filename']} was scored on line {seen[entry['filename']]} already; were "
                 "two runs put together?"
             )
@@ -131,9 +127,9 @@ def read_dpg(path: Path) -> Found:
         if grid := _GRID.fullmatch(line):
             *scores, mean = (_number(x, where) for x in (*grid["scores"].split(", ")[1:], grid["mean"]))
             if abs(sum(scores) / len(scores) - mean) > 1e-6:
-                raise ScoreError(f"{where}: the last number is not the mean of those before it")
+                raise ValueError(f"{where}: the last number is not the mean of those before it")
             if grid["name"] in means:
-                raise ScoreError(f"{where}: {grid['name']} was scored above already")
+                raise ValueError(f"{where}: {grid['name']} was scored above already")
             means[grid["name"]] = mean
         elif line.startswith("Model: "):
             said["model"] = line.removeprefix("Model: ").strip()
@@ -146,12 +142,12 @@ def read_dpg(path: Path) -> Found:
             score = _number(line.removeprefix("DPG-Bench score: "), where)
             expected = 100 * sum(means.values()) / max(len(means), 1)
             if not means or abs(score - expected) > 1e-4:
-                raise ScoreError(f"{where}: the score {score} is not that of the {len(means)} grids above it")
+                raise ValueError(f"{where}: the score {score} is not that of the {len(means)} grids above it")
             rows.append(("dpg", "score", "overall", score, len(means)))
         elif not line.startswith(("Image path: ", "Save results to: ")):
-            raise ScoreError(f"{where}: not a line that DPG-Bench's scorer writes: {line[:80]!r}")
+            raise ValueError(f"{where}: not a line that DPG-Bench's scorer writes: {line[:80]!r}")
     if not rows or rows[-1][2] != "overall":
-        raise ScoreError(f"{path}: no summary at its end; the scorer has not finished")
+        raise ValueError(f"{path}: no summary at its end; the scorer has not finished")
     return [rows[-1], *rows[:-1]], said
 
 
@@ -161,10 +157,10 @@ def read_lmms(path: Path) -> Found:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ScoreError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not all(isinstance(r, dict) for r in results.values()):
-        raise ScoreError(f"{path}:1: no 'results' by task; is this lmms-eval's *_results.json?")
+        raise ValueError(f"{path}:1: no 'results' by task; is this lmms-eval's *_results.json?")
     counts = content.get("n-samples")
     rows: list[Row] = []
     for task, found in results.items():
@@ -176,7 +172,7 @@ def read_lmms(path: Path) -> Found:
             if number and kind and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
                 rows.append((task, metric, "overall" if kind == "none" else kind, float(value), items))
     if not rows:
-        raise ScoreError(f"{path}:1: 'results' holds no number")
+        raise ValueError(f"{path}:1: 'results' holds no number")
     said = {"model": content.get("model_name") or "", "version": content.get("harness_version") or ""}
     return rows, said
 
@@ -194,7 +190,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ScoreError(f"{path}:{line}: not UTF-8 text") from None
+        raise ValueError(f"{path}:{line}: not UTF-8 text") from None
     lines = text.replace("\r\n", "\n").rstrip("\n").split("\n") if text.strip() else []
     return iter(enumerate(lines, 1))
 
@@ -205,7 +201,7 @@ def _number(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ScoreError(f"{where}: {text!r} is not a number")
+        raise ValueError(f"{where}: {text!r} is not a number")
     return value
 
 
@@ -241,17 +237,26 @@ def run(args: argparse.Namespace) -> int:
     import pandas as pd
 
     if args.out:
-        if args.out.suffix not in (".csv", ".parquet"):
-            raise ValueError(f"--out {args.out}: the suffix must be .csv or .parquet")
-        check_writable(args.out)
+        check_table(args.out)
     tables = [import_scores(file, args.harness, args.model, args.version) for file in args.files]
     table = pd.concat(tables, ignore_index=True)
     if args.out is None:
         print(table.to_string(index=False))
-    elif args.out.suffix == ".csv":
-        table.to_csv(args.out, index=False)
     else:
-        table.to_parquet(args.out, index=False)
-    if args.out:
-        print(f"wrote {len(table)} scores to {args.out}")
+        save_table(table, args.out)
     return 0
+
+
+def check_table(path: Path) -> None:
+    """ValueError if no table of scores can be written there."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out {path}: the suffix must be .csv or .parquet")
+    check_writable(path)
+
+
+def save_table(table: pd.DataFrame, path: Path) -> None:
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False, float_format="%.9g")
+    else:
+        table.to_parquet(path, index=False)
+    print(f"wrote {len(table)} scores to {path}")

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from minimal_aia.console import Parser, positive, start
 from minimal_aia.evaluation.answers import answer_to, blind, unbound
-from minimal_aia.evaluation.lab_benchmark import Row, frame, pictures_of
+from minimal_aia.evaluation.lab_benchmark import Row, benchmark, frame, pictures_of
 from minimal_aia.evaluation.scores import scores
 from minimal_aia.evaluation.subjects import Subject, lab_subject
 from minimal_aia.lab import images, metrics, models, scenes
-from minimal_aia.lab.scenes import Question
+from minimal_aia.lab.scenes import Question, Scene
 from minimal_aia.lab.sequences import FIRST_CODE, Sequences, generation_tokens, pad, understanding_tokens
 
 FILE = Path(__file__).parents[2] / "data_samples" / "lab" / "interleaved.csv"
@@ -70,14 +70,22 @@ def interleaved(subject: Subject, items: int = 200, seed: int = 0, questions: in
         rows.append(("interleaved", "drawn_right", "all", i, right, 1, text, text, scenes.describe(drawn)))
         for j, question in enumerate(asked[i]):
             answers = {name: words[i * questions + j] for name, words in said.items()}
-            rows += _rows(i, text, question, answer_to(drawn, question.text), answers)
-            rows += _guesses(i, text, question, drawn)
+            rows += _rows(i, text, question, drawn, answers)
     return frame(rows, subject.name, subject.seed)
 
 
-def _rows(item: int, prompt: str, question: Question, seen: str | None, answers: dict[str, str]) -> list[Row]:
-    """One question in all formats. seen: the answer that is true of the drawing, None if there is none."""
+def everything(subject: Subject, items: int = 400, seed: int = 0) -> pd.DataFrame:
+    """All items of a subject: `benchmark` and, if it does both tasks, the interleaved check."""
+    frames = [benchmark(subject, items, seed)]
+    if len(subject.tasks) == 2:
+        frames.append(interleaved(subject, items, seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _rows(item: int, prompt: str, question: Question, drawn: Scene, answers: dict[str, str]) -> list[Row]:
+    """One question in all formats, and for both guessers."""
     text = f"{prompt}: {question.text}"
+    seen = answer_to(drawn, question.text)  # what is true of the drawing; None if it has no answer
     conflict = seen is not None and seen != question.answer
     rows: list[Row] = []
     for name, words in answers.items():
@@ -90,16 +98,9 @@ def _rows(item: int, prompt: str, question: Question, seen: str | None, answers:
         ):
             of = float(counts)
             rows.append(("interleaved", metric, name, item, hit * of, of, text, truth, words))
-    return rows
-
-
-def _guesses(item: int, prompt: str, question: Question, drawn: scenes.Scene) -> list[Row]:
-    seen = answer_to(drawn, question.text)
-    rows: list[Row] = []
     for name, chance in (("guesser: blind", blind), ("guesser: unbound", unbound)):
+        hit = 0.0 if seen is None else chance(drawn, Question(question.text, seen, question.kind))
         of = float(seen is not None)
-        hit = chance(drawn, Question(question.text, seen, question.kind)) if seen is not None else 0.0
-        text = f"{prompt}: {question.text}"
         rows.append(("interleaved", "consistent", name, item, hit, of, text, seen or "", ""))
     return rows
 

@@ -72,20 +72,9 @@ def answer_rows(answer: Callable[..., list[str]], items: int, seed: int) -> list
     for kind in scenes.QUESTION_KINDS:
         found, questions = _questions(kind, items, seed)
         said = answer(pictures_of(found), [q.text for q in questions])
-        rows += [
-            (
-                "understanding",
-                "exact_match",
-                kind,
-                i,
-                float(words == q.answer),
-                1,
-                _asked(s, q),
-                q.answer,
-                words,
-            )
-            for i, (s, q, words) in enumerate(zip(found, questions, said, strict=True))
-        ]
+        for i, (scene, q, words) in enumerate(zip(found, questions, said, strict=True)):
+            right, asked = float(words == q.answer), _asked(scene, q)
+            rows.append(("understanding", "exact_match", kind, i, right, 1, asked, q.answer, words))
     return rows
 
 
@@ -127,27 +116,29 @@ def yes_no_rows(answer: Callable[..., list[str]], items: int, seed: int) -> list
     said = answer(pictures_of([s for _, s, _, _ in flat]), [q.text for *_, q in flat])
     rows: list[Row] = []
     for (i, scene, kind, question), words in zip(flat, said, strict=True):
-        truth, yes = question.answer == "yes", words == "yes"
-        right = float(words == question.answer)
-        parts = yes_no_parts(truth, float(yes), right)
-        for split in SPLITS if truth else (kind,):
-            rows += [
-                ("understanding", m, split, i, *parts[m], _asked(scene, question), question.answer, words)
-                for m in YES_NO
-            ]
+        yes, right = float(words == "yes"), float(words == question.answer)
+        rows += _yes_no(i, scene, kind, question, yes, right, words)
     return rows
 
 
-def yes_no_parts(truth: bool, yes: float, right: float) -> dict[str, tuple[float, float]]:
+def _yes_no(
+    item: int, scene: Scene, kind: str, question: Question, yes: float, right: float, said: str = ""
+) -> list[Row]:
     """What one question adds to the two sums of each metric. yes, right: 0 or 1, or a guesser's chance."""
+    truth = question.answer == "yes"
     true_yes = yes * truth
-    return {
+    parts = {
         "accuracy": (right, 1),
         "precision": (true_yes, yes),
         "recall": (true_yes, float(truth)),
         "f1": (2 * true_yes, yes + truth),  # 2 TP / (2 TP + FP + FN)
         "yes_ratio": (yes, 1),
     }
+    return [
+        ("understanding", metric, split, item, *parts[metric], _asked(scene, question), question.answer, said)
+        for split in (SPLITS if truth else (kind,))
+        for metric in YES_NO
+    ]
 
 
 # --- drawings -----------------------------------------------------------------------------------------------
@@ -240,12 +231,7 @@ def guesser(kind: str, items: int = 400, seed: int = 0) -> pd.DataFrame:
         for split_of, question in asked.items():
             truth = question.answer == "yes"
             right = float(truth) if kind == "blind" else unbound(scene, question)
-            parts = yes_no_parts(truth, right if truth else 1 - right, right)
-            for split in SPLITS if truth else (split_of,):
-                rows += [
-                    ("understanding", m, split, i, *parts[m], _asked(scene, question), question.answer, "")
-                    for m in YES_NO
-                ]
+            rows += _yes_no(i, scene, split_of, question, right if truth else 1 - right, right)
     others = scenes.draw_scenes(np.random.default_rng((seed, 301)), 50)
     for category in scenes.CATEGORIES:
         _, wanted = _prompts(category, items, seed)

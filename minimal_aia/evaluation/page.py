@@ -26,24 +26,32 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 """
 
 
+FILES = "@files@"  # stands for the folder of pictures until the page's own name is known
+
+
 class Page:
-    """Parts in the order in which they are added; `write` chooses the format by the suffix."""
+    """Parts in the order in which they are added, each in both formats; `write` chooses by the suffix."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.parts: list[tuple[str, Any]] = []
+        self.parts: list[tuple[str, str]] = []  # HTML, Markdown
+        self.pictures: dict[str, bytes] = {}
 
     def heading(self, text: str) -> None:
-        self.parts.append(("heading", text))
+        self.parts.append((f"<h2>{escape(text)}</h2>", f"## {text}"))
 
     def text(self, text: str) -> None:
-        self.parts.append(("text", text))
+        self.parts.append((f"<p>{escape(text)}</p>", text))
 
     def code(self, text: str) -> None:
-        self.parts.append(("code", text))
+        self.parts.append((f"<pre><code>{escape(text)}</code></pre>", f"```\n{text.rstrip()}\n```"))
 
     def table(self, frame: pd.DataFrame, caption: str) -> None:
-        self.parts.append(("table", (frame, caption)))
+        with pd.option_context("display.max_colwidth", None):
+            table = frame.astype(str).to_html(index=False, border=0).replace("<th>", '<th scope="col">')
+        table = table.replace("<thead>", f"<caption>{escape(caption)}</caption>\n<thead>", 1)
+        around = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
+        self.parts.append((f"{around}\n{table}\n</div>", f"{caption}\n\n{frame.to_markdown(index=False)}"))
 
     def figure(self, figure: Any, name: str, alt: str, caption: str) -> None:
         """name: of the picture's file; alt: what readers need who cannot see it. Closes the figure."""
@@ -51,68 +59,25 @@ class Page:
         # Without the software's version in it, the same figure gives the same bytes.
         figure.savefig(data, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
-        self.parts.append(("figure", (data.getvalue(), name, alt, caption)))
+        self.pictures[name] = data.getvalue()
+        source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+        html = f'<figure><img src="{source}" alt="{escape(alt)}">\n<figcaption>{escape(caption)}</figcaption>'
+        self.parts.append((f"{html}</figure>", f"![{alt}]({FILES}/{name}.png)\n\n*{caption}*"))
 
     def write(self, path: Path) -> None:
-        text = self.html() if path.suffix == ".html" else self.markdown(path)
-        path.write_text(text, encoding="utf-8")
-
-    def html(self) -> str:
-        body = "\n".join(_HTML[kind](content) for kind, content in self.parts)
-        return (
-            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-            f"<body>\n<main>\n<h1>{escape(self.title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
-        )
-
-    def markdown(self, path: Path) -> str:
-        """The text; its pictures go into the folder NAME_files beside `path`."""
-        lines = [f"# {self.title}"]
-        for kind, content in self.parts:
-            if kind == "heading":
-                lines.append(f"## {content}")
-            elif kind == "text":
-                lines.append(content)
-            elif kind == "code":
-                lines.append(f"```\n{content.rstrip()}\n```")
-            elif kind == "table":
-                frame, caption = content
-                lines.append(f"{caption}\n\n{frame.to_markdown(index=False)}")
-            else:
-                data, name, alt, caption = content
-                folder = path.parent / f"{path.stem}_files"
-                folder.mkdir(exist_ok=True)
+        """A single .html file, or Markdown with its pictures in the folder NAME_files beside it."""
+        html, markdown = zip(*self.parts)
+        if path.suffix == ".html":
+            text = (
+                '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+                f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+                f"<h1>{escape(self.title)}</h1>\n" + "\n".join(html) + "\n</main>\n</body>\n</html>\n"
+            )
+        else:
+            folder = path.with_name(f"{path.stem}_files")
+            folder.mkdir(exist_ok=True)
+            for name, data in self.pictures.items():
                 (folder / f"{name}.png").write_bytes(data)
-                lines.append(f"![{alt}]({folder.name}/{name}.png)\n\n*{caption}*")
-        return "\n\n".join(lines) + "\n"
-
-
-def _html_table(content: tuple[pd.DataFrame, str]) -> str:
-    frame, caption = content
-    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>"
-        for row in frame.itertuples(index=False)
-    )
-    return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">\n<table>\n'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n"
-        "</table>\n</div>"
-    )
-
-
-def _html_figure(content: tuple[bytes, str, str, str]) -> str:
-    data, _, alt, caption = content
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    below = f"<figcaption>{escape(caption)}</figcaption>"
-    return f'<figure><img src="{source}" alt="{escape(alt)}">\n{below}</figure>'
-
-
-_HTML: dict[str, Any] = {
-    "heading": lambda text: f"<h2>{escape(text)}</h2>",
-    "text": lambda text: f"<p>{escape(text)}</p>",
-    "code": lambda text: f"<pre><code>{escape(text)}</code></pre>",
-    "table": _html_table,
-    "figure": _html_figure,
-}
+            text = "\n\n".join([f"# {self.title}", *markdown]).replace(FILES, folder.name) + "\n"
+        path.write_text(text, encoding="utf-8")

@@ -38,14 +38,10 @@ class Prompt:
     line: str = ""
 
 
-class PromptError(ValueError):
-    """A prompt file cannot be used; the message names file and line."""
-
-
 def read_prompts(path: str | Path) -> tuple[Layout, list[Prompt]]:
     """The layout and the prompts, in order, of a GenEval .jsonl file or a DPG-Bench folder of .txt files.
 
-    PromptError names the first bad line or file; FileNotFoundError if there is no such path.
+    ValueError names the first bad line or file; FileNotFoundError if there is no such path.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".txt":
@@ -63,14 +59,14 @@ def _geneval(line: str, number: int, where: str) -> Prompt:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PromptError(
+        raise ValueError(
             f"{where}: not JSON ({error}); folders are numbered by line, so no line may be blank"
         ) from None
     if not isinstance(entry, dict):
-        raise PromptError(f"{where}: not a JSON object")
+        raise ValueError(f"{where}: not a JSON object")
     for key in ("prompt", "tag"):  # the scorer would stop without a tag, after everything has been drawn
         if not isinstance(entry.get(key), str) or not entry[key].strip():
-            raise PromptError(f"{where}: no text {key!r}")
+            raise ValueError(f"{where}: no text {key!r}")
     return Prompt(f"{number:05d}", entry["prompt"], line)
 
 
@@ -79,14 +75,14 @@ def _texts(path: Path) -> list[Prompt]:
         [path] if path.suffix == ".txt" else sorted(path.glob("*.txt"), key=lambda p: (len(p.name), p.name))
     )
     if not files:
-        raise PromptError(f"{path}: no .txt file in this folder (DPG-Bench has one a prompt)")
+        raise ValueError(f"{path}: no .txt file in this folder (DPG-Bench has one a prompt)")
     prompts = []
     for file in files:
         if "." in file.stem:
-            raise PromptError(f"{file}: DPG-Bench's scorer cuts names at the first dot; rename it")
+            raise ValueError(f"{file}: DPG-Bench's scorer cuts names at the first dot; rename it")
         text = _decode(file).strip()
         if not text:
-            raise PromptError(f"{file}: the file is empty")
+            raise ValueError(f"{file}: the file is empty")
         prompts.append(Prompt(file.stem, text))
     return prompts
 
@@ -96,7 +92,7 @@ def _decode(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise PromptError(f"{path}:{line}: not UTF-8 text") from None
+        raise ValueError(f"{path}:{line}: not UTF-8 text") from None
 
 
 def check_images(layout: Layout, images: int) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minimal_aia import plots, stats
 from minimal_aia.evaluation import lab_benchmark, scores
-from minimal_aia.evaluation.interleaved import interleaved
+from minimal_aia.evaluation.interleaved import everything
 from minimal_aia.evaluation.page import Page
 from minimal_aia.evaluation.runs import Run, read_runs
 from minimal_aia.evaluation.subjects import LabModel
@@ -37,7 +37,8 @@ def report(
     page.table(_overview(runs), "The runs; differences are to the first.")
     if lab:
         frames = {
-            run.label: measure(run, subject, items, seed) for run, subject in tqdm(lab, desc="evaluate")
+            run.label: everything(subject, items, seed).assign(model=run.label)
+            for run, subject in tqdm(lab, desc="evaluate")
         }
         _scores(page, lab, frames, items, seed)
         _differences(page, frames)
@@ -52,14 +53,6 @@ def report(
         page.table(table, "Compare them with nothing that another harness or version has scored.")
     _recipes(page, runs)
     return page
-
-
-def measure(run: Run, subject: LabModel, items: int, seed: int) -> pd.DataFrame:
-    """All items of a run under its label: the benchmark, and the interleaved check if it does both tasks."""
-    frames = [lab_benchmark.benchmark(subject, items, seed)]
-    if len(subject.tasks) == 2:
-        frames.append(interleaved(subject, items, seed))
-    return pd.concat(frames, ignore_index=True).assign(model=run.label)
 
 
 def _overview(runs: list[Run]) -> pd.DataFrame:
@@ -130,17 +123,13 @@ def _seeds(page: Page, lab: list, frames: dict[str, pd.DataFrame]) -> None:
     table = scores.scores(pd.concat(frames.values()), n_boot=10)
     table["name"] = table["model"].map(lambda label: found[label][0])
     table["seed"] = table["model"].map(lambda label: found[label][1])
+    wide = table.pivot(index=["task", "metric", "group", "seed"], columns="name", values="value")
     for name in names[1:]:
         rows = []
-        wide = table[table["name"].isin([names[0], name])].pivot(
-            index=["task", "metric", "group", "seed"], columns="name", values="value"
-        )
-        if name not in wide or names[0] not in wide:
-            continue
-        paired = wide.dropna()
-        for key, part in paired.groupby(level=[0, 1, 2], sort=False):
+        change = (wide[name] - wide[names[0]]).dropna()
+        for key, part in change.groupby(level=[0, 1, 2], sort=False):
             if len(part) > 1:
-                mean, low, high = stats.mean_interval((part[name] - part[names[0]]).to_numpy())
+                mean, low, high = stats.mean_interval(part.to_numpy())
                 rows.append((*key, len(part), f"{mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]"))
         if rows:
             columns = ["task", "metric", "group", "seeds", "mean difference", "95 % t-interval"]
@@ -156,10 +145,9 @@ def _curves(page: Page, lab: list[tuple[Run, LabModel]]) -> None:
         for run, subject in lab
         for task in subject.tasks
     ]
-    both = [[c for c in curves if c["model"].iloc[0] == run.label] for run, _ in lab]
-    tasks = [[c["task"].iloc[0] for c in some] for some in both]
-    if len(lab) == 2 and tasks[0] == tasks[1]:
-        figure: Any = plots.plot_before_after(*(pd.concat(some) for some in both))[0].figure
+    if len(lab) == 2 and lab[0][1].tasks == lab[1][1].tasks:
+        sides = pd.concat(curves, ignore_index=True).groupby("model", sort=False)
+        figure: Any = plots.plot_before_after(*(side for _, side in sides))[0].figure
         caption = (
             f"before: {lab[0][0].label}; after: {lab[1][0].label}. Bands: ±1 standard deviation over samples."
         )
@@ -181,9 +169,8 @@ def _drawings(page: Page, lab: list[tuple[Run, LabModel]], samples: int, seed: i
     if not drawing:
         return
     rng = np.random.default_rng((metrics.EVALUATION_SEED + seed, 500))
-    order = [scenes.CATEGORIES[i % len(scenes.CATEGORIES)] for i in range(samples)]
-    pool = {c: metrics.held_out_prompts(c, samples, int(rng.integers(1 << 30)))[1] for c in scenes.CATEGORIES}
-    prompts = [pool[category][i] for i, category in enumerate(order)]
+    pools = [metrics.held_out_prompts(c, samples, int(rng.integers(1 << 30)))[1] for c in scenes.CATEGORIES]
+    prompts = [pools[i % len(pools)][i] for i in range(samples)]
     with plots.style():
         figure, grid = plt.subplots(
             samples, len(drawing), figsize=(1.9 * len(drawing) + 1, 1.75 * samples), squeeze=False
@@ -202,16 +189,11 @@ def _drawings(page: Page, lab: list[tuple[Run, LabModel]], samples: int, seed: i
                 xlabel="right" if right else "wrong",
             )
             if column == 0:
-                ax.set_ylabel(_wrapped(prompts[row].text), rotation=0, ha="right", va="center", fontsize=8)
+                text = prompts[row].text.replace(" and ", "\nand ")
+                ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
     page.heading("Drawings")
-    caption = (
-        f"The same prompts, the same noise (seed {seed}), not chosen; the detector's verdict below each."
-    )
+    caption = f"Same prompts, same noise (seed {seed}), not chosen; the detector's verdict below each."
     page.figure(figure, "drawings", "Drawings. " + "; ".join(told), caption)
-
-
-def _wrapped(text: str) -> str:
-    return text.replace(" and ", "\nand ")
 
 
 def _on_the_way(page: Page, run: Run) -> None:

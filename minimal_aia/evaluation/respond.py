@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minimal_aia.models.base import Adapter, AdapterError, Batch, pad_rows
+from minimal_aia.models.base import Adapter, AdapterError, Batch
 
 # A list of {"role": "user", "content": [part, ...]}. A part is {"type": "text", "text": str} or
 # {"type": "image", "image": PIL.Image}, in the order in which the model is to read them.
@@ -67,12 +67,9 @@ def _chat(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: i
         # Spelled out in a question, the placeholder would be taken for a picture that is not there.
         return {"type": "text", "text": p["text"].replace(adapter.image_token, "")}
 
-    if not getattr(adapter.processor, "chat_template", None):
-        raise AdapterError(f"{adapter.name}: its processor has no chat template (chat_template.jinja)")
     texts = [
-        adapter.processor.apply_chat_template(
+        adapter.chat(
             [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in conversation],
-            tokenize=False,
             add_generation_prompt=True,
         )
         for conversation in conversations
@@ -95,62 +92,7 @@ def _chat(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: i
         # The library encodes a padded batch of pictures, and padding changes their codes: one by one here.
         inputs = {"input_ids": adapter.token_ids(batch), "attention_mask": inputs["attention_mask"]}
     eos = adapter.model.generation_config.eos_token_id
-    eos = adapter.tokenizer.eos_token_id if eos is None else eos
-    new = _greedy(adapter.model, inputs, max_new_tokens, eos, adapter.tokenizer.pad_token_id)
-    return adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
-def _lab(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
-    """One 24x24 picture and one question of known words a conversation, in the format of training."""
-    from minimal_aia.lab import images, models, scenes
-    from minimal_aia.lab.sequences import (
-        BOI,
-        BOS,
-        EOI,
-        EOS,
-        FIRST_CODE,
-        IMAGE,
-        PAD,
-        WORDS,
-        unknown_words,
-        word_ids,
-    )
-
-    questions, pictures = [], []
-    for conversation in conversations:
-        text = " ".join(p["text"] for m in conversation for p in m["content"] if p["type"] == "text").strip()
-        if unknown := unknown_words(text):
-            raise AdapterError(
-                f"{adapter.name}: a lab model does not know the word {unknown[0]!r} of {text!r}"
-            )
-        seen = pictures_of(conversation)
-        if len(conversation) != 1 or [p.size for p in seen] != [(scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)]:
-            raise AdapterError(f"{adapter.name}: a lab model answers one question about one 24x24 picture")
-        questions.append(text)
-        pictures.append(np.asarray(seen[0]))
-    pixels = np.stack(pictures)
-    codes = images.encode(pixels, adapter.codebook).tolist()
-    rows = [
-        [BOS, BOI, *(FIRST_CODE + c for c in code), EOI, *word_ids(question)]
-        for code, question in zip(codes, questions, strict=True)
-    ]
-    backwards = pad_rows([row[::-1] for row in rows], PAD)
-    ids = backwards.flip(1).to(adapter.device)  # padded on the left
-    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
-    if models.is_janus(adapter.model):
-        inputs["input_ids"] = ids.masked_fill(ids >= FIRST_CODE, IMAGE)
-        seen_by_eye = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(adapter.device, adapter.dtype)
-        inputs["pixel_values"] = seen_by_eye / 127.5 - 1
-    new = _greedy(adapter.model, inputs, max_new_tokens, EOS, PAD)
-    names = [*WORDS, *(f"<code_{c}>" for c in range(images.N_CODES))]
-    return [" ".join(names[i] for i in row if i != EOS) for row in new]
-
-
-def _greedy(
-    model: Any, inputs: dict[str, Any], max_new_tokens: int, eos: int | list[int], pad: int
-) -> list[list[int]]:
-    """The new tokens of every row, up to and with its end."""
-    out = model.generate(
+    out = adapter.model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -158,11 +100,27 @@ def _greedy(
         temperature=None,
         top_p=None,
         top_k=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        eos_token_id=adapter.tokenizer.eos_token_id if eos is None else eos,
+        pad_token_id=adapter.tokenizer.pad_token_id,
         use_cache=True,
     )
-    ends = {eos} if isinstance(eos, int) else set(eos)
-    rows: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
-    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-    return [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    # Rows that ended are filled up with padding, a special token.
+    return adapter.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _lab(adapter: Any, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+    """One 24x24 picture and one question of known words a conversation, by the lab's own loop."""
+    from minimal_aia.evaluation.subjects import LabModel
+
+    questions, seen = [], []
+    for conversation in conversations:
+        text = " ".join(p["text"] for m in conversation for p in m["content"] if p["type"] == "text").strip()
+        if reason := adapter.bad_text(text):
+            raise AdapterError(f"{adapter.name}: {reason}")
+        pictures = pictures_of(conversation)
+        if len(conversation) != 1 or [p.size for p in pictures] != [(24, 24)]:
+            raise AdapterError(f"{adapter.name}: a lab model answers one question about one 24x24 picture")
+        questions.append(text)
+        seen.append(np.asarray(pictures[0]))
+    model = LabModel(adapter.name, 0, adapter.tasks, adapter.model, adapter.codebook)
+    return [" ".join(words.split()[:max_new_tokens]) for words in model.answer(np.stack(seen), questions)]

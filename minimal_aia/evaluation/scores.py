@@ -11,6 +11,8 @@ Every metric here is a ratio of two sums over items (a share: right / asked; pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
@@ -32,14 +34,8 @@ def scores(items: pd.DataFrame, n_boot: int = N_BOOT, seed: int = 0) -> pd.DataF
     """
     rows = []
     for head, frame in items.groupby(HEAD[:4], sort=False):
-        sums = {group: _sums(part) for group, part in frame.groupby("group", sort=False)}
-        draws = {group: _ratios(s, n_boot, seed) for group, s in sums.items()}
-        for group, s in sums.items():
-            rows.append((*head, group, _ratio(s), int((s[:, 1] > 0).sum()), *_interval(s, draws[group])))
-        if len(sums) > 1 and head[3] in AVERAGED:
-            value = float(np.mean([_ratio(s) for s in sums.values()]))
-            total = sum(int((s[:, 1] > 0).sum()) for s in sums.values())
-            rows.append((*head, "all", value, total, *_mean_interval(draws)))
+        tables = {str(group): _sums(part) for group, part in frame.groupby("group", sort=False)}
+        rows += [(*head, *row) for row in _measure(tables, _ratio, (0, 1), head[3], n_boot, seed)]
     return pd.DataFrame(rows, columns=SCORE_COLUMNS)
 
 
@@ -51,15 +47,13 @@ def differences(
     An item counts with both its results or not at all: what is hard for both cancels. Columns task, metric,
     group, before, after, difference, items, low, high. ValueError if the two were not asked the same.
     """
+    theirs = dict(list(after.groupby(HEAD[2:], sort=False)))
     rows = []
     for (task, metric), mine in before.groupby(["task", "metric"], sort=False):
-        theirs = after[(after["task"] == task) & (after["metric"] == metric)]
         both: dict[str, np.ndarray] = {}
         for group, one in mine.groupby("group", sort=False):
-            if str(group).startswith("guesser"):
-                continue
-            other = theirs[theirs["group"] == group]
-            if other.empty:
+            other = theirs.get((task, metric, group))
+            if other is None or str(group).startswith("guesser"):
                 continue
             if _asked(one) != _asked(other):
                 raise ValueError(
@@ -67,19 +61,7 @@ def differences(
                     "evaluate them with the same --items and --seed"
                 )
             both[str(group)] = np.hstack([_sums(one), _sums(other)])  # [N, 4]
-        found = {}
-        for group, sums in both.items():
-            sides = _draw(sums, n_boot, seed)
-            found[group] = _divide(sides[:, 2:]) - _divide(sides[:, :2])
-            low, high = _interval_of_difference(sums, found[group])
-            old, new = _ratio(sums[:, :2]), _ratio(sums[:, 2:])
-            count = int(((sums[:, 1] > 0) | (sums[:, 3] > 0)).sum())
-            rows.append((task, metric, group, old, new, new - old, count, low, high))
-        if len(both) > 1 and metric in AVERAGED:
-            old = float(np.mean([_ratio(s[:, :2]) for s in both.values()]))
-            new = float(np.mean([_ratio(s[:, 2:]) for s in both.values()]))
-            count = sum(row[6] for row in rows[-len(both) :])
-            rows.append((task, metric, "all", old, new, new - old, count, *_mean_interval(found)))
+        rows += [(task, metric, *row) for row in _measure(both, _change, (-1, 1), metric, n_boot, seed)]
     names = ["task", "metric", "group", "before", "after", "difference", "items", "low", "high"]
     return pd.DataFrame(rows, columns=names)
 
@@ -115,45 +97,45 @@ def _sums(frame: pd.DataFrame) -> np.ndarray:
     return frame.groupby("item", sort=True)[["hits", "of"]].sum().to_numpy(dtype=float)
 
 
-def _divide(sums: np.ndarray) -> np.ndarray:
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """`[..., 2] -> [..., 1]`"""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return sums[..., 0] / sums[..., 1]
+        return sums[..., :1] / sums[..., 1:]
 
 
-def _ratio(sums: np.ndarray) -> float:
-    return float(_divide(sums.sum(0)))
+def _change(sums: np.ndarray) -> np.ndarray:
+    """`[..., 4] -> [..., 3]`: before, after, and their difference."""
+    old, new = _ratio(sums[..., :2]), _ratio(sums[..., 2:])
+    return np.concatenate([old, new, new - old], axis=-1)
 
 
-def _draw(sums: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
-    """Sums of `n_boot` resamples of the items: the same choice for every table of the same length."""
-    return stats.bootstrap_means(sums, n_boot, np.random.default_rng(seed))
+def _measure(
+    tables: dict[str, np.ndarray],
+    values: Callable[[np.ndarray], np.ndarray],
+    bounds: tuple[int, int],
+    metric: str,
+    n_boot: int,
+    seed: int,
+) -> list[tuple]:
+    """Group, values, items and the interval of the last value; for parts of one benchmark also of their mean.
 
-
-def _ratios(sums: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
-    return _divide(_draw(sums, n_boot, seed))
-
-
-def _mean_interval(draws: dict) -> tuple[float, float]:
-    return stats.interval(np.mean(list(draws.values()), axis=0), LEVEL)
-
-
-def _unseen(n: int) -> float:
-    """The largest share that can hide behind n items without one case, at this level (exact binomial)."""
-    return 1 - ((1 - LEVEL) / 2) ** (1 / n)
-
-
-def _interval(sums: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
-    low, high = stats.interval(draws, LEVEL)
-    value, n = _ratio(sums), int((sums[:, 1] > 0).sum())
-    # All right or all wrong: every resample is, too, and the bootstrap claims certainty from any number of
-    # items.
-    if value in (0.0, 1.0) and n and low == high:
-        return max(0.0, value - _unseen(n)), min(1.0, value + _unseen(n))
-    return low, high
-
-
-def _interval_of_difference(sums: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
-    low, high = stats.interval(draws, LEVEL)
-    if low == high == 0.0 and len(sums):  # no item differs: the same false certainty
-        return -_unseen(len(sums)), _unseen(len(sums))
-    return low, high
+    tables: sums `[N, ...]` by group. bounds: between which the last value lies if it is a share.
+    """
+    points, draws, counts, rows = [], [], [], []
+    for group, sums in tables.items():
+        points.append(values(sums.sum(0)))
+        # The same choice of items for every table of the same length.
+        resampled = stats.bootstrap_means(sums, n_boot, np.random.default_rng(seed))
+        draws.append(values(resampled)[:, -1])
+        counts.append(n := int((sums[:, 1::2] > 0).any(axis=1).sum()))
+        low, high = stats.interval(draws[-1], LEVEL)
+        # All right, all wrong or none changed: so is every resample, and the bootstrap would claim certainty
+        # from any number of items. The exact binomial knows how much can hide behind n items without a case.
+        if n and low == high and low in {0.0, *bounds}:
+            hidden = 1 - ((1 - LEVEL) / 2) ** (1 / n)
+            low, high = max(bounds[0], low - hidden), min(bounds[1], low + hidden)
+        rows.append((group, *points[-1], n, low, high))
+    if len(tables) > 1 and metric in AVERAGED:
+        mean = stats.interval(np.mean(draws, axis=0), LEVEL)
+        rows.append(("all", *np.mean(points, axis=0), sum(counts), *mean))
+    return rows

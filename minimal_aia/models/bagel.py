@@ -13,7 +13,11 @@ every denoising step.
 
 from __future__ import annotations
 
-import zlib
+import importlib
+import importlib.util
+import json
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,15 +27,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minimal_aia.models.bagel_load import load_inferencer
-from minimal_aia.models.base import Adapter, AdapterError, Batch, pad_rows
-from minimal_aia.models.loading import check_memory, default_device, display_name
+from minimal_aia.models.base import Adapter, AdapterError, Batch, causal_but_within
+from minimal_aia.models.draw import noise_seed
+from minimal_aia.models.loading import authors_code, check_memory, default_device, display_name
 from minimal_aia.models.records import CallSpans, StepRecord, capture_sdpa
 from minimal_aia.pictures import open_picture
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
     from minimal_aia.models.registry import Family
+
+
+REPOSITORY = "github.com/ByteDance-Seed/Bagel"
 
 
 class BagelAdapter(Adapter):
@@ -90,29 +97,17 @@ class BagelAdapter(Adapter):
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         self.check(samples, task)
         rows = [self._drawing(s) if task == "generation" else self._reading(s) for s in samples]
-        ids, queries, keys, extra = zip(*rows)
-        return Batch(
-            inputs={"input_ids": pad_rows(ids)},
-            query_mask=pad_rows(queries).bool(),
-            key_mask=pad_rows(keys).bool(),
-            attention_mask=pad_rows([[1] * len(row) for row in ids]),
-            ids=[sample.id for sample in samples],
-            task=task,
-            extra=list(extra),
-        ).to(self.device)
+        spans, extra = [row[:3] for row in rows], [row[3] for row in rows]
+        return Batch.of_rows(spans, samples, task, extra).to(self.device)
 
     def _drawing(self, sample: Sample) -> tuple[list[int], list[int], list[int], dict[str, Any]]:
         prompt, ends, step = sample.turns[0][0], self.inferencer.new_token_ids, self.model.latent_downsample
         text = self.text_ids(prompt)
         latents = (self.image_shape[0] // step) * (self.image_shape[1] // step)
         ids = [*text, ends["start_of_image"], *[0] * latents, ends["end_of_image"]]
-        words = [0, *[1] * (len(text) - 2), 0]
-        return (
-            ids,
-            [*[0] * len(text), 0, *[1] * latents, 0],
-            [*words, *[0] * (latents + 2)],
-            {"prompt": prompt},
-        )
+        queries = [*[0] * len(text), 0, *[1] * latents, 0]
+        keys = [0, *[1] * (len(text) - 2), 0, *[0] * (latents + 2)]
+        return ids, queries, keys, {"prompt": prompt}
 
     def _reading(self, sample: Sample) -> tuple[list[int], list[int], list[int], dict[str, Any]]:
         ends, patch = self.inferencer.new_token_ids, self.model.vit_patch_size
@@ -163,7 +158,7 @@ class BagelAdapter(Adapter):
 
     def _draw(self, prompt: str, name: str) -> Any:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed + zlib.crc32(name.encode()))
+            torch.manual_seed(noise_seed(self.seed, name))
             context = self.inferencer.update_context_text(prompt, self.inferencer.init_gen_context())
             return self.inferencer.gen_image(
                 self.image_shape,
@@ -191,14 +186,112 @@ class BagelAdapter(Adapter):
             yield record
 
     def visible(self, batch: Batch) -> Tensor:
-        """Which keys each query sees: causal, and inside a picture every token sees every other. bool [B,
-        S, S]"""
-        size = batch.query_mask.shape[1]
-        causal = torch.ones(size, size, dtype=torch.bool, device=batch.query_mask.device).tril()
-        image = batch.query_mask if batch.task == "generation" else torch.zeros_like(batch.query_mask)
-        if batch.task == "generation":  # the start and end tokens of the picture are read together with it
-            image = image | F.pad(image[:, 1:], (0, 1)) | F.pad(image[:, :-1], (1, 0))
-        return (causal | (image[:, :, None] & image[:, None, :])) & batch.attention_mask.bool()[:, None, :]
+        """Which keys each query sees: causal, and inside a drawn picture every token each other. [B, S, S]"""
+        image = batch.query_mask & (batch.task == "generation")
+        # The start and end tokens of the picture are read together with it.
+        image = image | F.pad(image[:, 1:], (0, 1)) | F.pad(image[:, :-1], (1, 0))
+        return causal_but_within(image, batch)
 
     def layers(self) -> list[nn.Module]:
         return list(self.model.language_model.model.layers)
+
+
+# --- their code without flash-attn --------------------------------------------------------------------------
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    **_unused: Any,
+) -> Tensor:
+    """flash-attn's packed attention, sample by sample: q [T, H, D], k and v [T', Hk, D] -> [T, H, D].
+
+    Causal means what it means there: the last query sees the last key.
+    """
+    out = []
+    bounds = zip(
+        cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:]
+    )
+    for q0, q1, k0, k1 in bounds:
+        query, key, value = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        rows, columns = q1 - q0, k1 - k0
+        mask = None
+        if causal and rows > 1:
+            mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+        out.append(
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)[0].transpose(
+                0, 1
+            )
+        )
+    return torch.cat(out)
+
+
+def load_inferencer(folder: Path, code: str | Path | None, device_map: Any, dtype: torch.dtype) -> Any:
+    """The authors' model, tokenizer, transforms and VAE put together as their own demo does."""
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+
+    with _flash_attn_stood_in(), authors_code(str(folder), code, "inferencer", REPOSITORY) as inferencer:
+        bagel = importlib.import_module("modeling.bagel")
+        qwen2 = importlib.import_module("modeling.qwen2")
+        autoencoder = importlib.import_module("modeling.autoencoder")
+        data = importlib.import_module("data.data_utils")
+        transforms = importlib.import_module("data.transforms")
+        for part in ("qwen2_navit", "siglip_navit"):
+            attention: Any = importlib.import_module(f"modeling.bagel.{part}")
+            attention.flash_attn_varlen_func = varlen_attention
+
+        text = bagel.Qwen2Config(**json.loads((folder / "llm_config.json").read_text()))
+        text.qk_norm, text.tie_word_embeddings, text.layer_module = True, False, "Qwen2MoTDecoderLayer"
+        vision = bagel.SiglipVisionConfig(**json.loads((folder / "vit_config.json").read_text()))
+        vision.rope, vision.num_hidden_layers = False, vision.num_hidden_layers - 1
+        vae, vae_config = autoencoder.load_ae(local_path=str(folder / "ae.safetensors"))
+        config = bagel.BagelConfig(
+            visual_gen=True,
+            visual_und=True,
+            llm_config=text,
+            vit_config=vision,
+            vae_config=vae_config,
+            vit_max_num_patch_per_side=70,
+            connector_act="gelu_pytorch_tanh",
+            latent_patch_size=2,
+            max_latent_size=64,
+        )
+        with init_empty_weights():
+            model = bagel.Bagel(bagel.Qwen2ForCausalLM(text), bagel.SiglipVisionModel(vision), config)
+            model.vit_model.vision_model.embeddings.convert_conv2d_to_linear(vision, meta=True)
+        model = load_checkpoint_and_dispatch(
+            model, str(folder / "ema.safetensors"), device_map=device_map, dtype=dtype
+        ).eval()
+        tokenizer, new_token_ids, _ = data.add_special_tokens(
+            qwen2.Qwen2Tokenizer.from_pretrained(str(folder))
+        )
+        device = next(model.parameters()).device
+        return inferencer.InterleaveInferencer(
+            model,
+            vae.to(device).eval(),
+            tokenizer,
+            transforms.ImageTransform(1024, 512, 16),
+            transforms.ImageTransform(980, 224, 14),
+            new_token_ids,
+        )
+
+
+@contextmanager
+def _flash_attn_stood_in() -> Iterator[None]:
+    """The authors' modules import flash_attn; where it is not installed, hand them our function."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        yield
+        return
+    module: Any = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = varlen_attention
+    sys.modules["flash_attn"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["flash_attn"]

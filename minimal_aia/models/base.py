@@ -18,7 +18,7 @@ Templates, role names, begin/end markers and padding belong to no span.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from minimal_aia.record import shift_left
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
+    from minimal_aia.models.draw import Drawer
     from minimal_aia.pictures import Picture, PictureCodes
 
 TASKS = ("generation", "understanding")
@@ -59,6 +60,26 @@ class Batch:
     task: str = ""
     # One dict a row for things a forward pass cannot take as tensors (a diffusion prompt, a picture's size).
     extra: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Sequence[tuple[list[int], list[int], list[int]]],
+        samples: Sequence[Sample],
+        task: str,
+        extra: Sequence[dict[str, Any]] = (),
+    ) -> Batch:
+        """Token ids and the two masks of every sample, padded on the right."""
+        ids, queries, keys = zip(*rows)
+        return cls(
+            inputs={"input_ids": pad_rows(ids)},
+            query_mask=pad_rows(queries).bool(),
+            key_mask=pad_rows(keys).bool(),
+            attention_mask=pad_rows([[1] * len(row) for row in ids]),
+            ids=[sample.id for sample in samples],
+            task=task,
+            extra=list(extra),
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The same batch on `device`; floating-point inputs also become `dtype` when given."""
@@ -95,6 +116,7 @@ class Adapter:
         self.name = name
         self.model: Any = model
         self._lengths: dict[tuple[Sample, str], int] = {}
+        self._drawn: dict[Sample, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +148,27 @@ class Adapter:
             return "no answer text, so there would be no query token"
         if task == "generation" and not sample.turns[0][0].strip() and not sample.dropped:
             return "empty prompt, so there would be no key token"
+        return self.bad_text("\n".join(part for turn in sample.turns for part in turn))
+
+    def bad_text(self, text: str) -> str | None:
+        """The reason this model cannot read `text`; None if it can."""
         return None
+
+    def drawer(self) -> Drawer:
+        """What the loop of `minimal_aia.models.draw` has to know to draw pictures with this model."""
+        raise AdapterError(
+            f"{self.name}: cannot draw pictures for a benchmark; models of these families can: "
+            "janus, emu3, lab"
+        )
+
+    def drawn(self, sample: Sample, drawer: Drawer, seed: int) -> Tensor:
+        """The image tokens that the model draws, once, for a sample without a picture. int [N]"""
+        from minimal_aia.models.draw import draw_tokens, image_seed
+
+        if sample not in self._drawn:
+            seeds = [image_seed(seed, sample.id)]
+            self._drawn[sample] = draw_tokens(drawer, [sample.turns[0][0]], seeds)[0].clone()
+        return self._drawn[sample]
 
     def length(self, sample: Sample, task: str) -> int:
         """Tokens of the sample once batched, to group samples of like length. Remembered."""
@@ -226,6 +268,12 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
+def causal_but_within(image: Tensor, batch: Batch) -> Tensor:
+    """Which keys each query sees: causal, and the tokens of an image [B, S] each other. bool [B, S, S]"""
+    causal = torch.ones(2 * image.shape[1:], dtype=torch.bool, device=image.device).tril()
+    return (causal | (image[:, :, None] & image[:, None, :])) & batch.attention_mask.bool()[:, None, :]
+
+
 def find_layers(model: nn.Module, n_layers: int | None = None) -> list[nn.Module]:
     """The decoder layers of a language model: the longest ModuleList of blocks with a `self_attn`.
 
@@ -242,8 +290,3 @@ def find_layers(model: nn.Module, n_layers: int | None = None) -> list[nn.Module
     if n_layers is not None and len(layers) != n_layers:
         raise AdapterError(f"{type(model).__name__}: the config says {n_layers} layers, found {len(layers)}")
     return layers
-
-
-def only_known(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors among `inputs` whose name is in `names`, in that order."""
-    return {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}

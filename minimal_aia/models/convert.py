@@ -38,7 +38,6 @@ from minimal_aia.models.convert_config import to_hf, to_original
 from minimal_aia.models.convert_processor import (
     copy_files,
     has_processor,
-    write_generation_config,
     write_hf_processor,
     write_original_processor,
 )
@@ -247,7 +246,7 @@ def _write_processor(given: list[Path], source: Path, out: Path, settings: Any) 
             copy_files(folder, out, skip=("config.json",))
             return True
         if has_processor(folder, "VLChatProcessor"):
-            write_generation_config(out, write_hf_processor(folder, out, settings))
+            write_hf_processor(folder, out, settings)
             return True
     return False
 

@@ -11,26 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-SIGLIP: dict[str, dict[str, Any]] = {
-    "siglip_large_patch16_384": {"width": 1024, "layers": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4},
-    "siglip_so400m_patch14_384": {
-        "width": 1152,
-        "layers": 27,
-        "heads": 16,
-        "patch_size": 14,
-        "mlp_ratio": 3.7362,
-    },
-    "siglip_so400m_patch14_224": {
-        "width": 1152,
-        "layers": 27,
-        "heads": 16,
-        "patch_size": 14,
-        "mlp_ratio": 3.7362,
-    },
-}
-VQ: dict[str, dict[str, Any]] = {
-    "VQ-16": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 256}
-}
+# Sizes by their names in the original code -> in Hugging Face's; then the named variants, in this order.
 _VISION_NAMES = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -38,12 +19,18 @@ _VISION_NAMES = {
     "patch_size": "patch_size",
     "mlp_ratio": "mlp_ratio",
 }
+SIGLIP = {
+    "siglip_large_patch16_384": (1024, 24, 16, 16, 4),
+    "siglip_so400m_patch14_384": (1152, 27, 16, 14, 3.7362),
+    "siglip_so400m_patch14_224": (1152, 27, 16, 14, 3.7362),
+}
 _VQ_NAMES = {
     "ch": "base_channels",
     "ch_mult": "channel_multiplier",
     "num_res_blocks": "num_res_blocks",
     "z_channels": "latent_channels",
 }
+VQ = {"VQ-16": (128, [1, 1, 2, 2, 4], 2, 256)}
 _SECTIONS = ("language", "vision", "aligner", "gen_vision", "gen_aligner", "gen_head")
 # What the original language model (transformers 4) is told; the rest are defaults that both share.
 _TEXT_NAMES = (
@@ -70,33 +57,21 @@ def _to_hf(original: dict[str, Any], path: Path) -> Any:
     vision, aligner, vq, gen_aligner, head = (
         original[f"{name}_config"].get("params", {}) for name in _SECTIONS[1:]
     )
-    tower, tower_missing = _sizes(SIGLIP, vision.get("model_name", "siglip_large_patch16_384"), vision)
-    tokenizer, vq_missing = _sizes(VQ, original["gen_vision_config"].get("cls", "VQ-16"), vq)
-    tower["layers"] = tower.get("layers", 0) + min(0, vision.get("select_layer", -2) + 1)
-    problems = [
-        *(
-            f"vision tower {vision.get('model_name')!r} is not known and {key!r} not stated"
-            for key in tower_missing
-        ),
-        *(
-            f"VQ model {original['gen_vision_config'].get('cls')!r} is not known and {key!r} not stated"
-            for key in vq_missing
-        ),
-        *(
-            f"{name}: projector {params.get('projector_type')!r} (only mlp_gelu)"
-            for name, params in (("aligner", aligner), ("gen_aligner", gen_aligner))
-            if params.get("projector_type") != "mlp_gelu"
-        ),
-        *(
-            f"vision_config.{key}: normalises pictures inside the model"
-            for key in ("pixel_mean",)
-            if vision.get(key)
-        ),
-        *(
-            f"language model of type {language['model_type']!r} (only llama)"
-            for _ in range(language.get("model_type", "llama") != "llama")
-        ),
-    ]
+    tower_name = vision.get("model_name", "siglip_large_patch16_384")
+    vq_name = original["gen_vision_config"].get("cls", "VQ-16")
+    tower, problems = _sizes(SIGLIP, _VISION_NAMES, "vision tower", tower_name, vision)
+    tokenizer, more = _sizes(VQ, _VQ_NAMES, "VQ model", vq_name, vq)
+    problems += more
+    tower["num_hidden_layers"] = tower.get("num_hidden_layers", 0) + min(
+        0, vision.get("select_layer", -2) + 1
+    )
+    for name, params in (("aligner", aligner), ("gen_aligner", gen_aligner)):
+        if params.get("projector_type") != "mlp_gelu":
+            problems.append(f"{name}: projector {params.get('projector_type')!r} (only mlp_gelu)")
+    if vision.get("pixel_mean"):
+        problems.append("vision_config.pixel_mean: normalises pictures inside the model")
+    if (kind := language.get("model_type", "llama")) != "llama":
+        problems.append(f"language model of type {kind!r} (only llama)")
     if head.get("image_token_embed") != gen_aligner.get("n_embed"):
         problems.append(
             "gen_head.image_token_embed and gen_aligner.n_embed differ (Hugging Face has one size)"
@@ -109,14 +84,14 @@ def _to_hf(original: dict[str, Any], path: Path) -> Any:
     return JanusConfig(
         text_config={**text, "model_type": "llama", "tie_word_embeddings": tied},
         vision_config={
-            **{_VISION_NAMES[key]: value for key, value in tower.items()},
+            **tower,
             "image_size": image_size,
             "num_image_tokens": (image_size // tower["patch_size"]) ** 2,
             "projection_dim": aligner["n_embed"],
             "depth": aligner.get("depth", 1),
         },
         vq_config={
-            **{_VQ_NAMES[key]: value for key, value in tokenizer.items()},
+            **tokenizer,
             "embed_dim": vq["n_embed"],
             "num_embeddings": vq["image_token_size"],
             "projection_dim": gen_aligner["n_embed"],
@@ -128,12 +103,12 @@ def _to_hf(original: dict[str, Any], path: Path) -> Any:
 
 
 def _sizes(
-    table: dict[str, dict[str, Any]], name: str, stated: dict[str, Any]
+    table: dict[str, Any], names: dict[str, str], what: str, variant: str, stated: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The sizes of a variant by its name or, if it has none, as stated; and the names of those not stated."""
-    wanted = list(next(iter(table.values())))
-    found = dict(table.get(name) or {key: stated[key] for key in wanted if key in stated})
-    return found, [key for key in wanted if key not in found]
+    """The sizes of a variant or, if it is not known, as stated, in Hugging Face's names; what is missing."""
+    found = dict(zip(names, table[variant])) if variant in table else stated
+    missing = [f"{what} {variant!r} is not known and {key!r} not stated" for key in names if key not in found]
+    return {names[key]: found[key] for key in names if key in found}, missing
 
 
 def to_original(config: Any, dtype: str) -> dict[str, Any]:
@@ -141,11 +116,8 @@ def to_original(config: Any, dtype: str) -> dict[str, Any]:
     text, vision, vq = config.text_config, config.vision_config, config.vq_config
     if vision.use_qk_norm or vq.double_latent:
         raise ValueError("use_qk_norm and double_latent do not exist in the original Janus code")
-    tower = {key: getattr(vision, name) for key, name in _VISION_NAMES.items()}
-    tokenizer = {key: getattr(vq, name) for key, name in _VQ_NAMES.items()}
-    tokenizer["ch_mult"] = list(tokenizer["ch_mult"])
-    tower_name, tower_extra = _variant(SIGLIP, "siglip_of_these_sizes", tower)
-    vq_name, vq_extra = _variant(VQ, "VQ-of-these-sizes", tokenizer)
+    tower_name, tower_sizes = _variant(SIGLIP, _VISION_NAMES, "siglip_of_these_sizes", vision)
+    vq_name, vq_sizes = _variant(VQ, _VQ_NAMES, "VQ-of-these-sizes", vq)
     rope = dict(text.rope_parameters)
     language: dict[str, Any] = {key: getattr(text, key) for key in _TEXT_NAMES}
     language |= {"model_type": "llama", "rope_theta": rope.pop("rope_theta"), "torch_dtype": dtype}
@@ -156,52 +128,33 @@ def to_original(config: Any, dtype: str) -> dict[str, Any]:
     def section(cls: str, name: str, **params: Any) -> dict[str, Any]:
         return {"cls": cls, "model_type": name, "params": params}
 
+    def projector(name: str, depth: int, n_in: int, n_out: int) -> dict[str, Any]:
+        sizes = {"depth": depth, "input_dim": n_in, "n_embed": n_out}
+        return section("MlpProjector", name, projector_type="mlp_gelu", **sizes)
+
+    tower = {"image_size": vision.image_size, "model_name": tower_name, **tower_sizes}
+    codes = {"image_token_size": vq.num_embeddings}
+    head = {"image_token_embed": vq.projection_dim, "n_embed": vq.image_token_embed_dim}
     return {
         "model_type": "multi_modality",
         "architectures": ["MultiModalityCausalLM"],
         "torch_dtype": dtype,
         "language_config": {key: value for key, value in language.items() if value is not None},
         "vision_config": section(
-            "CLIPVisionTower",
-            "vision",
-            image_size=vision.image_size,
-            model_name=tower_name,
-            select_feature="same",
-            select_layer=-1,
-            **tower_extra,
+            "CLIPVisionTower", "vision", select_feature="same", select_layer=-1, **tower
         ),
-        "aligner_config": section(
-            "MlpProjector",
-            "aligner",
-            depth=vision.depth,
-            input_dim=vision.hidden_size,
-            n_embed=vision.projection_dim,
-            projector_type="mlp_gelu",
-        ),
-        "gen_vision_config": section(
-            vq_name, "gen_vision", image_token_size=vq.num_embeddings, n_embed=vq.embed_dim, **vq_extra
-        ),
-        "gen_aligner_config": section(
-            "MlpProjector",
-            "gen_aligner",
-            depth=vq.num_hidden_layers,
-            input_dim=vq.embed_dim,
-            n_embed=vq.projection_dim,
-            projector_type="mlp_gelu",
-        ),
-        "gen_head_config": section(
-            "vision_head",
-            "gen_head",
-            image_token_embed=vq.projection_dim,
-            image_token_size=vq.num_embeddings,
-            n_embed=vq.image_token_embed_dim,
-        ),
+        "aligner_config": projector("aligner", vision.depth, vision.hidden_size, vision.projection_dim),
+        "gen_vision_config": section(vq_name, "gen_vision", n_embed=vq.embed_dim, **codes, **vq_sizes),
+        "gen_aligner_config": projector("gen_aligner", vq.num_hidden_layers, vq.embed_dim, vq.projection_dim),
+        "gen_head_config": section("vision_head", "gen_head", **codes, **head),
     }
 
 
 def _variant(
-    table: dict[str, dict[str, Any]], otherwise: str, sizes: dict[str, Any]
+    table: dict[str, Any], names: dict[str, str], otherwise: str, config: Any
 ) -> tuple[str, dict[str, Any]]:
     """The variant's name in the original code and, if it has none, the sizes to write out."""
-    named = next((name for name, row in table.items() if row == sizes), None)
+    sizes = {key: getattr(config, name) for key, name in names.items()}
+    sizes = {key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items()}
+    named = next((name for name, row in table.items() if list(row) == list(sizes.values())), None)
     return (named, {}) if named else (otherwise, sizes)

@@ -27,6 +27,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PICTURES = ("min_size", "image_mean", "image_std", "rescale_factor", "do_normalize")
 SPECIAL = {
     "image_token": "<image_placeholder>",
     "boi_token": "<begin_of_image>",
@@ -67,15 +68,14 @@ def has_processor(folder: Path, cls: str) -> bool:
     return bool(read_json(settings).get("processor_class") == cls)
 
 
-def write_hf_processor(source: Path, out: Path, config: Any) -> Any:
-    """Make a `JanusProcessor` from an original folder's files and save it into `out`.
+def write_hf_processor(source: Path, out: Path, config: Any) -> None:
+    """Make a `JanusProcessor` from an original folder's files; save it and generation_config.json into `out`.
 
     config: the `JanusConfig`; its image token is set to the tokenizer's.
-    Returns the tokenizer. Raises ValueError if the vocabulary lacks one of Janus' special tokens: a new id
-    would be a guess.
+    Raises ValueError if the vocabulary lacks one of Janus' special tokens: a new id would be a guess.
     """
     from tokenizers import Tokenizer, processors
-    from transformers import JanusProcessor, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, JanusProcessor, PreTrainedTokenizerFast
     from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
     def settings(name: str) -> dict[str, Any]:
@@ -93,23 +93,17 @@ def write_hf_processor(source: Path, out: Path, config: Any) -> Any:
     # Not the class that the folder names: Llama's would rebuild the byte-level tokenizer of tokenizer.json.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, extra_special_tokens=SPECIAL)
     tokenizer.pad_token = PAD
-    bos = tokenizer.bos_token
-    if (
-        settings("tokenizer_config.json").get("add_bos_token", True)
-        and bos
-        and tokenizer("a")["input_ids"][0] != (tokenizer.bos_token_id)
-    ):
+    bos, added = tokenizer.bos_token, settings("tokenizer_config.json").get("add_bos_token", True)
+    if bos and added and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         # The original class adds it whatever tokenizer.json says.
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     pictures = settings("preprocessor_config.json")
     size = pictures.pop("image_size", config.vision_config.image_size)
-    names = ("image_mean", "image_std", "min_size", "rescale_factor", "do_normalize")
+    kept = {key: pictures[key] for key in PICTURES if key in pictures}
     processor = JanusProcessor(
-        JanusImageProcessorPil(
-            size={"height": size, "width": size}, **{key: pictures[key] for key in names if key in pictures}
-        ),
+        JanusImageProcessorPil(size={"height": size, "width": size}, **kept),
         tokenizer,
         chat_template=CHAT_TEMPLATE,
         use_default_system_prompt=True,
@@ -117,20 +111,12 @@ def write_hf_processor(source: Path, out: Path, config: Any) -> Any:
     )
     processor.save_pretrained(out)
     config.image_token_id = known.token_to_id(SPECIAL["image_token"])
-    return tokenizer
-
-
-def write_generation_config(out: Path, tokenizer: Any) -> None:
-    """generation_config.json as Janus' `generate` needs it, with the guidance of DeepSeek's script."""
-    from transformers import GenerationConfig
-
-    start = tokenizer.convert_tokens_to_ids(SPECIAL["boi_token"])
-    GenerationConfig(
+    GenerationConfig(  # as Janus' `generate` needs it, with the guidance of DeepSeek's script
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         guidance_scale=5.0,
-        generation_kwargs={"boi_token_id": start},
+        generation_kwargs={"boi_token_id": known.token_to_id(SPECIAL["boi_token"])},
     ).save_pretrained(out)
 
 
@@ -139,9 +125,8 @@ def write_original_processor(source: Path, out: Path, config: Any) -> bool:
     if not has_processor(source, "JanusProcessor"):
         return False
     processor = read_json(source / "processor_config.json")
-    pictures = processor.get("image_processor")  # transformers 5 keeps it inside
-    if pictures is None:
-        pictures = read_json(source / "preprocessor_config.json")
+    # transformers 5 keeps the picture's settings inside.
+    pictures = processor.get("image_processor") or read_json(source / "preprocessor_config.json")
     tokenizer = read_json(source / "tokenizer_config.json")
     names = {key: tokenizer.get(key) for key in ("bos_token", "eos_token", "pad_token")}
     shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
@@ -164,11 +149,7 @@ def write_original_processor(source: Path, out: Path, config: Any) -> bool:
             "image_processor_type": "VLMImageProcessor",
             "processor_class": "VLChatProcessor",
             "image_size": pictures["size"]["height"],
-            **{
-                key: pictures[key]
-                for key in ("min_size", "image_mean", "image_std", "rescale_factor", "do_normalize")
-                if key in pictures
-            },
+            **{key: pictures[key] for key in PICTURES if key in pictures},
         },
     )
     write_json(

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from minimal_aia.models.base import Adapter, Batch
-from minimal_aia.models.loading import display_name, load_model
+from minimal_aia.models.loading import authors_code, display_name, load_model
 from minimal_aia.models.records import StepRecord, capture_weights
-from minimal_aia.models.remote import authors_code
 from minimal_aia.models.text import special_inside
 from minimal_aia.pictures import open_picture
 
@@ -34,8 +33,7 @@ USER, ASSISTANT, IMAGE = "<|User|>", "<|Assistant|>", "<image>"
 
 
 class DeepseekVL2Adapter(Adapter):
-    """Option of `load_adapter`: `code`, a checkout of github.com/deepseek-ai/DeepSeek-VL2 (if not
-    installed)."""
+    """Option of `load_adapter`: `code`, a checkout of github.com/deepseek-ai/DeepSeek-VL2."""
 
     family = "deepseek-vl2"
     tasks = ("understanding",)
@@ -55,13 +53,8 @@ class DeepseekVL2Adapter(Adapter):
             model = load_model(name, authors.DeepseekVLV2ForCausalLM, attn_implementation="eager", **options)
         return cls(display_name(name), model, processor)
 
-    def why_not(self, sample: Sample, task: str) -> str | None:
-        reason = super().why_not(sample, task)
-        if reason is None:
-            text = "\n".join(part for turn in sample.turns for part in turn)
-            token = special_inside(text, self.processor.tokenizer, (IMAGE, USER, ASSISTANT))
-            reason = f"its text spells out the special token {token!r}" if token else None
-        return reason
+    def bad_text(self, text: str) -> str | None:
+        return special_inside(text, self.processor.tokenizer, (IMAGE, USER, ASSISTANT))
 
     def conversation(self, sample: Sample) -> list[dict[str, str]]:
         """The authors' message format, images before the first question."""
@@ -73,14 +66,14 @@ class DeepseekVL2Adapter(Adapter):
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         self.check(samples, task)
-        rows = []
-        for sample in samples:
-            pictures = [open_picture(picture) for picture in sample.images]
-            rows.append(
-                self.processor.process_one(
-                    conversations=self.conversation(sample), images=pictures, inference_mode=False
-                )
+        rows = [
+            self.processor.process_one(
+                conversations=self.conversation(sample),
+                images=[open_picture(picture) for picture in sample.images],
+                inference_mode=False,
             )
+            for sample in samples
+        ]
         made = self.processor.batchify(rows)
         real, ids = made.attention_mask.bool(), made.input_ids
         # Labels: the begin token, and each answer with its end token; what is neither marker is answer text.

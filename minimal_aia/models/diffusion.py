@@ -1,16 +1,14 @@
 """FLUX and Qwen-Image: text-to-image diffusion transformers of diffusers, generation only.
 
 Text and image tokens form one joint sequence, text first, in every layer, and every token sees every other.
-There
-is no target image to force: the pipeline itself denoises from noise (seeded by the sample's id), and the
-intensity of a layer is the average over all denoising steps. Passes for the negative prompt are not
-counted. Keys are the prompt's own tokens in the encoder that feeds the joint sequence (T5 for FLUX),
-without end token and padding, although FLUX lets the image attend to the padding too.
+There is no target image to force: the pipeline itself denoises from noise (seeded by the sample's id), and
+the intensity of a layer is the average over all denoising steps. Passes for the negative prompt are not
+counted. Keys are the prompt's own tokens in the encoder that feeds the joint sequence (T5 for FLUX), without
+end token and padding, although FLUX lets the image attend to the padding too.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minimal_aia.models.base import Adapter, Batch
+from minimal_aia.models.draw import noise_seed
 from minimal_aia.models.loading import check_memory, default_device, display_name, require
 from minimal_aia.models.records import CallSpans, StepRecord, capture_sdpa
 from minimal_aia.models.text import require_offsets, token_mask
@@ -32,8 +31,7 @@ class DiffusionAdapter(Adapter):
     """What both pipelines share. `layers()` are the blocks with joint attention, in the order they run.
 
     Options of `load_adapter`: `steps` (denoising steps; default: the pipeline's), `height` and `width` in
-    pixels (default: the pipeline's), `seed`, and `call`, a dict of further arguments for the pipeline's
-    call.
+    pixels (default: the pipeline's), `seed`, and `call`, a dict of further arguments for the pipeline's call.
     """
 
     tasks = ("generation",)
@@ -98,8 +96,7 @@ class DiffusionAdapter(Adapter):
         return {}
 
     def text_spans(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [B, T] of the text part of the joint sequence, its prompt tokens and its real tokens (bool
-        [B, T])."""
+        """Ids [B, T] of the text part of the sequence, its prompt tokens and its real tokens, bool [B, T]."""
         raise NotImplementedError
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -129,9 +126,7 @@ class DiffusionAdapter(Adapter):
 
     def forward(self, batch: Batch) -> Any:
         """The whole denoising run; returns the final latents (nothing is decoded)."""
-        generators = [
-            torch.Generator("cpu").manual_seed(self.seed + zlib.crc32(name.encode())) for name in batch.ids
-        ]
+        generators = [torch.Generator("cpu").manual_seed(noise_seed(self.seed, name)) for name in batch.ids]
         with torch.no_grad():
             self._positive = self.encode([row["prompt"] for row in batch.extra])
             return self.pipeline(
@@ -201,8 +196,7 @@ class FluxAdapter(DiffusionAdapter):
 
 
 class QwenImageAdapter(DiffusionAdapter):
-    """Qwen-Image (`QwenImagePipeline`): 60 joint blocks. The chat template's head is cut off by the
-    pipeline."""
+    """Qwen-Image (`QwenImagePipeline`): 60 joint blocks; the pipeline cuts off the chat template's head."""
 
     def usual(self) -> dict[str, Any]:
         return {"negative_prompt": " ", "true_cfg_scale": 4.0}

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minimal_aia.models.base import Batch
 from minimal_aia.models.chat import ChatAdapter
-from minimal_aia.models.draw import draw_tokens, own_seed
-from minimal_aia.models.text import Spans, shift_spans, token_mask
+from minimal_aia.models.draw import Drawer
+from minimal_aia.models.text import Spans, shift_spans
 from minimal_aia.pictures import PictureCodes, picture_size
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from minimal_aia.data import Sample
+    from minimal_aia.models.base import Batch
     from minimal_aia.pictures import Picture
 
 
@@ -50,10 +52,6 @@ class Emu3Adapter(ChatAdapter):
         super().__init__(name, model, processor, family, image_token_id, draw, seed)
         self.image_area = image_area
 
-    def why_not(self, sample: Sample, task: str) -> str | None:
-        reason = super().why_not(sample, task)
-        return self.no_target(sample) if reason is None and task == "generation" else reason
-
     def render(self, sample: Sample, task: str) -> tuple[str, Spans]:
         if task == "understanding":
             return super().render(sample, task)
@@ -61,34 +59,19 @@ class Emu3Adapter(ChatAdapter):
         prompt = "" if sample.dropped else sample.turns[0][0]
         return prompt + self.image_token, [(0, len(prompt))]
 
-    def collate(self, samples: Sequence[Sample], task: str) -> Batch:
+    def process(
+        self, texts: Sequence[str], spans: Sequence[Spans], samples: Sequence[Sample], task: str
+    ) -> tuple[Any, list[Spans]]:
         if all(s.images and not any(isinstance(p, PictureCodes) for p in s.images) for s in samples):
-            return super().collate(samples, task)
-        self.check(samples, task)
-        texts, spans, codes = zip(*(self._with_codes(sample, task) for sample in samples))
-        tokens = self.tokenizer(
-            list(texts),
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            return_offsets_mapping=True,
-        )
-        ids, real = tokens["input_ids"], tokens["attention_mask"].bool()
-        words = token_mask(tokens["offset_mapping"], spans) & real
-        image = self.image_mask(ids, task) & real
-        query, key = (words, image) if task == "understanding" else (image, words)
-        return Batch(
-            inputs={"input_ids": ids, "attention_mask": tokens["attention_mask"], "codes": torch.cat(codes)},
-            query_mask=query,
-            key_mask=key,
-            attention_mask=tokens["attention_mask"],
-            ids=[sample.id for sample in samples],
-            task=task,
-        ).to(self.device, self.dtype)
+            return super().process(texts, spans, samples, task)
+        rows = zip(texts, spans, samples, strict=True)
+        filled, placed, codes = zip(*(self._with_codes(*row) for row in rows))
+        made = self.tokenize(filled)
+        made["codes"] = torch.cat(codes)
+        return made, list(placed)
 
-    def _with_codes(self, sample: Sample, task: str) -> tuple[str, Spans, Tensor]:
+    def _with_codes(self, text: str, spans: Spans, sample: Sample) -> tuple[str, Spans, Tensor]:
         """A sample as its processor lays it out, with the spans and the codes [N] of all its pictures."""
-        text, spans = self.render(sample, task)
         pictures = self.codes_of(sample)
         parts, token = self.processor, self.image_token
         filled, offsets = parts.bos_token, []
@@ -110,10 +93,9 @@ class Emu3Adapter(ChatAdapter):
     def codes_of(self, sample: Sample) -> list[PictureCodes]:
         """A sample's pictures as codes: given, encoded here, or drawn for its prompt."""
         if not sample.images:
-            height, width = self.processor.calculate_generate_size(
-                "1:1", self.image_area, self.processor.downsample_ratio
-            )
-            return [PictureCodes(self._draw(sample, height, width), height, width, sample.id)]
+            drawer = Emu3Drawer(self)
+            codes = self.drawn(sample, drawer, self.seed)
+            return [PictureCodes(codes, drawer.height, drawer.width, sample.id)]
         if all(isinstance(picture, PictureCodes) for picture in sample.images):
             return [picture for picture in sample.images if isinstance(picture, PictureCodes)]
         made = self.processor.image_processor(self.pictures([sample])[0], return_tensors="pt")
@@ -142,36 +124,8 @@ class Emu3Adapter(ChatAdapter):
             images = self.processor.image_processor
             images.min_pixels = images.max_pixels = area
 
-    def _draw(self, sample: Sample, height: int, width: int) -> Tensor:
-        """Draw rows of codes, each closed by the line end, after the prompt; guidance 3, best 2048, as its
-        authors."""
-        if sample not in self._drawn:
-            vocabulary: dict[str, int] = self.model.config.vocabulary_map
-            codes = torch.zeros(
-                self.model.config.text_config.vocab_size, dtype=torch.bool, device=self.device
-            )
-            codes[[i for token, i in vocabulary.items() if token.startswith("<|visual token")]] = True
-            line_end = torch.zeros_like(codes)
-            line_end[vocabulary["<|extra_200|>"]] = True
-            parts = self.processor
-            ends = f"{parts.image_start_token}{height}*{width}{parts.fake_token_around_image}"
-            prompt, negative = (
-                self.tokenizer(f"{parts.bos_token}{words}{ends}", return_tensors="pt")["input_ids"].to(
-                    self.device
-                )
-                for words in (sample.turns[0][0], "")
-            )
-            with own_seed(self.seed, sample.id, self.device):
-                self._drawn[sample] = draw_tokens(
-                    self.model,
-                    prompt,
-                    height * (width + 1),
-                    lambda step: line_end if (step + 1) % (width + 1) == 0 else codes,
-                    guidance=3.0,
-                    negative=negative,
-                    top_k=2048,
-                )
-        return self._drawn[sample]
+    def drawer(self) -> Drawer:
+        return Emu3Drawer(self)
 
     def _codes(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Codes and line ends of pictures, one after the other. [I, 3, height, width], [I, 2] -> int [N]
@@ -190,7 +144,7 @@ class Emu3Adapter(ChatAdapter):
         ids, codes = batch.inputs["input_ids"], batch.inputs.get("codes")
         if codes is None:
             codes = self._codes(batch.inputs["pixel_values"], batch.inputs["image_sizes"])
-        return ids.masked_scatter(self.image_mask(ids, batch.task), codes.to(ids.dtype))
+        return ids.masked_scatter(self.image_mask(ids), codes.to(ids.dtype))
 
     def label_states(self, batch: Batch) -> tuple[Tensor, nn.Module, Tensor]:
         ids, mask = self.token_ids(batch), batch.inputs["attention_mask"]
@@ -204,4 +158,42 @@ class Emu3Adapter(ChatAdapter):
         mask = batch.inputs["attention_mask"]
         return self.model(
             input_ids=self.token_ids(batch), attention_mask=mask, use_cache=False, logits_to_keep=1
+        )
+
+
+class Emu3Drawer(Drawer):
+    """Codes of the vocabulary, a line end after each row; guidance 3, best 2048, as the authors."""
+
+    guidance = 3.0
+    top_k = 2048
+
+    def __init__(self, adapter: Emu3Adapter) -> None:
+        super().__init__(adapter)
+        parts, config = adapter.processor, adapter.model.config
+        self.height, self.width = parts.calculate_generate_size(
+            "1:1", adapter.image_area, parts.downsample_ratio
+        )
+        self.n_tokens = self.height * (self.width + 1)
+        empty = torch.zeros(config.text_config.vocab_size, dtype=torch.bool, device=adapter.device)
+        self.codes, self.line_end = empty, empty.clone()
+        names = config.vocabulary_map
+        self.codes[[i for name, i in names.items() if name.startswith("<|visual token")]] = True
+        self.line_end[names["<|extra_200|>"]] = True
+
+    def prompt(self, text: str) -> list[int]:
+        parts = self.adapter.processor
+        ends = f"{parts.image_start_token}{self.height}*{self.width}{parts.fake_token_around_image}"
+        return list(self.adapter.tokenizer(f"{parts.bos_token}{text}{ends}")["input_ids"])
+
+    def step(self, ids: Tensor, drawn: bool, **inputs: Any) -> tuple[Tensor, Any]:
+        out = self.model.model.text_model(input_ids=ids, **inputs)
+        return self.model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
+
+    def allowed(self, position: int) -> Tensor:
+        return self.line_end if (position + 1) % (self.width + 1) == 0 else self.codes
+
+    def picture(self, tokens: Tensor) -> Image.Image:
+        closed = torch.nn.functional.pad(tokens, (0, 3))  # the library cuts off three closing tokens
+        return self.adapter.to_picture(
+            self.model.model.decode_image_tokens(closed[None], self.height, self.width)
         )

@@ -10,7 +10,6 @@ ours with the same calls and layout.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minimal_aia.models.base import Adapter, AdapterError, Batch, pad_rows
-from minimal_aia.models.loading import display_name, load_model
+from minimal_aia.models.base import Adapter, AdapterError, Batch, causal_but_within
+from minimal_aia.models.draw import noise_seed
+from minimal_aia.models.loading import display_name, load_model, own_settings
 from minimal_aia.models.records import CallSpans, StepRecord, capture_sdpa
 
 if TYPE_CHECKING:
@@ -45,18 +45,10 @@ class HunyuanImageAdapter(Adapter):
         self._now = 0  # the sample that is being denoised
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        family: Family,
-        *,
-        steps: int = 50,
-        image_size: str = "1024x1024",
-        seed: int = 0,
-        **options: Any,
-    ) -> HunyuanImageAdapter:
+    def load(cls, name: str, family: Family, **options: Any) -> HunyuanImageAdapter:
         from transformers import AutoModelForCausalLM
 
+        settings = own_settings(cls, options)
         model = load_model(
             name,
             AutoModelForCausalLM,
@@ -66,13 +58,16 @@ class HunyuanImageAdapter(Adapter):
             **options,
         )
         model.load_tokenizer(name)
-        return cls(display_name(name), model, steps, image_size, seed)
+        return cls(display_name(name), model, **settings)
 
     def prepare(self, prompt: str, sample_id: str) -> dict[str, Any]:
         """The authors' inputs for one prompt; made anew for each run, because a run uses up its cache."""
-        seed = (self.seed + zlib.crc32(sample_id.encode())) % 2**31
         inputs: dict[str, Any] = self.model.prepare_model_inputs(
-            prompt=[prompt], mode="gen_image", image_size=self.image_size, seed=seed, system_prompt=None
+            prompt=[prompt],
+            mode="gen_image",
+            image_size=self.image_size,
+            seed=noise_seed(self.seed, sample_id),
+            system_prompt=None,
         )
         return inputs
 
@@ -89,37 +84,23 @@ class HunyuanImageAdapter(Adapter):
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         self.check(samples, task)
-        ids, queries, keys, extra = [], [], [], []
+        rows, extra = [], []
         for sample in samples:
             prompt = sample.turns[0][0]
             output = self.prepare(prompt, sample.id)["tokenizer_output"]
-            ids.append(output.tokens[0].tolist())
-            queries.append(output.gen_image_mask[0].bool().int().tolist())
-            key = [0] * len(ids[-1])
-            part = self.prompt_slice(output, prompt)
-            key[part] = [1] * len(key[part])
-            keys.append(key)
+            ids, queries = output.tokens[0].tolist(), output.gen_image_mask[0].bool().int().tolist()
+            keys, part = [0] * len(ids), self.prompt_slice(output, prompt)
+            keys[part] = [1] * len(keys[part])
+            rows.append((ids, queries, keys))
             extra.append({"prompt": prompt})
-        return Batch(
-            inputs={"input_ids": pad_rows(ids)},
-            query_mask=pad_rows(queries).bool(),
-            key_mask=pad_rows(keys).bool(),
-            attention_mask=pad_rows([[1] * len(row) for row in ids]),
-            ids=[sample.id for sample in samples],
-            task=task,
-            extra=extra,
-        ).to(self.device)
+        return Batch.of_rows(rows, samples, task, extra).to(self.device)
 
     def visible(self, batch: Batch) -> Tensor:
         """Which keys each query sees: causal, and the image tokens each other. bool [B, S, S]"""
-        size = batch.query_mask.shape[1]
-        causal = torch.ones(size, size, dtype=torch.bool, device=batch.query_mask.device).tril()
-        image = batch.query_mask
-        return (causal | (image[:, :, None] & image[:, None, :])) & batch.attention_mask.bool()[:, None, :]
+        return causal_but_within(batch.query_mask, batch)
 
     def forward(self, batch: Batch) -> list[Any]:
-        """Denoise every sample of the batch, one after the other (the authors' code draws one picture at a
-        time)."""
+        """Denoise every sample of the batch, one after the other, as the authors' code does."""
         pictures = []
         with torch.no_grad():
             for self._now, (row, name) in enumerate(zip(batch.extra, batch.ids, strict=True)):

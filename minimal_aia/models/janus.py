@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minimal_aia.data import Sample
 from minimal_aia.models.base import AdapterError, Batch
 from minimal_aia.models.chat import ChatAdapter
 from minimal_aia.models.convert_keys import is_unit, unit
-from minimal_aia.models.draw import own_seed
-from minimal_aia.models.text import Spans, fill, token_mask
+from minimal_aia.models.draw import Drawer
+from minimal_aia.models.text import Spans, fill
 from minimal_aia.pictures import PictureCodes, crop_to_fit
 from minimal_aia.record import shift_left
 
 if TYPE_CHECKING:
-    from minimal_aia.data import Sample
+    from PIL import Image
+
     from minimal_aia.models.registry import Family
 
 
@@ -50,53 +52,31 @@ class JanusAdapter(ChatAdapter):
                 codebook.copy_(unit(codebook))
         return adapter  # type: ignore[return-value]
 
-    def why_not(self, sample: Sample, task: str) -> str | None:
-        reason = super().why_not(sample, task)
-        return self.no_target(sample) if reason is None and task == "generation" else reason
-
     def render(self, sample: Sample, task: str) -> tuple[str, Spans]:
         if task == "understanding":
             return super().render(sample, task)
 
         def template(texts: list[str]) -> str:
             user = {"role": "user", "content": [{"type": "text", "text": texts[0]}]}
-            return str(self.processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True))
+            return self.chat([user], add_generation_prompt=True)
 
         text, spans = fill(template, [sample.turns[0][0]], self.name)
         image = self.image_token * self.processor.num_image_tokens
         return text + self.processor.image_start_token + image, spans
 
-    def collate(self, samples: Sequence[Sample], task: str) -> Batch:
+    def process(
+        self, texts: Sequence[str], spans: Sequence[Spans], samples: Sequence[Sample], task: str
+    ) -> tuple[Any, list[Spans]]:
         if task != "generation":
-            return super().collate(samples, task)
-        self.check(samples, task)
-        texts, spans = zip(*(self.render(sample, task) for sample in samples))
-        tokens = self.tokenizer(
-            list(texts),
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            return_offsets_mapping=True,
-        )
+            return super().process(texts, spans, samples, task)
+        made = self.tokenize(texts)
         if all(sample.images and not isinstance(sample.images[0], PictureCodes) for sample in samples):
-            image = {"pixel_values": self.pixels(samples)}
+            made["pixel_values"] = self.pixels(samples)
         else:
-            image = {"codes": torch.stack([self.codes_of(sample) for sample in samples])}
-        real = tokens["attention_mask"].bool()
+            made["codes"] = torch.stack([self.codes_of(sample) for sample in samples])
         dropped = torch.tensor([sample.dropped for sample in samples])
-        self._drop_prompts(tokens["input_ids"], real & dropped[:, None])
-        return Batch(
-            inputs={
-                "input_ids": tokens["input_ids"],
-                "attention_mask": tokens["attention_mask"],
-                **image,
-            },
-            query_mask=self.image_mask(tokens["input_ids"], task) & real,
-            key_mask=token_mask(tokens["offset_mapping"], spans) & real & ~dropped[:, None],
-            attention_mask=tokens["attention_mask"],
-            ids=[sample.id for sample in samples],
-            task=task,
-        ).to(self.device, self.dtype)
+        self._drop_prompts(made["input_ids"], made["attention_mask"].bool() & dropped[:, None])
+        return made, [[] if sample.dropped else s for s, sample in zip(spans, samples, strict=True)]
 
     def _drop_prompts(self, input_ids: Tensor, rows: Tensor) -> None:
         """Pad over prompts, in place, as guidance does at inference (`generate`; the authors' training too).
@@ -106,7 +86,7 @@ class JanusAdapter(ChatAdapter):
         """
         begin = self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
         kept = (input_ids == self.tokenizer.bos_token_id) | (input_ids == begin)
-        input_ids[rows & ~kept & ~self.image_mask(input_ids, "generation")] = self.tokenizer.pad_token_id
+        input_ids[rows & ~kept & ~self.image_mask(input_ids)] = self.tokenizer.pad_token_id
 
     def pixels(self, samples: Sequence[Sample]) -> Tensor:
         """The target pictures of samples. [B, 3, height, width]"""
@@ -123,28 +103,10 @@ class JanusAdapter(ChatAdapter):
             return sample.images[0].codes.to(self.device)
         if sample.images:
             return self.image_codes(self.pixels([sample]))[0]
-        if sample not in self._drawn:
-            text, _ = self.render(sample, "generation")
-            prompt = self.tokenizer(text.replace(self.image_token, ""), return_tensors="pt").to(self.device)
-            settings = self.model.generation_config  # the library's class loses the first when it is saved
-            settings.generation_kwargs = {
-                "boi_token_id": self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
-            }
-            settings.pad_token_id, settings.bos_token_id = (
-                self.tokenizer.pad_token_id,
-                self.tokenizer.bos_token_id,
-            )
-            with own_seed(self.seed, sample.id, self.device):
-                self._drawn[sample] = self.model.generate(
-                    prompt["input_ids"],
-                    attention_mask=prompt["attention_mask"],
-                    generation_mode="image",
-                    do_sample=True,
-                    top_k=0,  # from all codes, as its authors; the library's default is the best 50
-                    guidance_scale=5.0,
-                    max_length=prompt["input_ids"].shape[1] + self.processor.num_image_tokens,
-                )[0]
-        return self._drawn[sample]
+        return self.drawn(sample, self.drawer(), self.seed)
+
+    def drawer(self) -> Drawer:
+        return JanusDrawer(self)
 
     def encode_pictures(self, samples: Sequence[Sample]) -> list[list[PictureCodes]]:
         codes = self.image_codes(self.pixels(samples)).cpu()
@@ -162,7 +124,7 @@ class JanusAdapter(ChatAdapter):
 
     def generation_embeddings(self, batch: Batch, codes: Tensor) -> Tensor:
         """The prompt's embeddings with those of the image codes [B, N] at the image positions. [B, S, D]"""
-        where = self.image_mask(batch.inputs["input_ids"], "generation")
+        where = self.image_mask(batch.inputs["input_ids"])
         if int(where.sum()) != codes.numel():
             raise AdapterError(
                 f"{self.name}: its picture makes {codes.shape[1]} codes, its processor leaves room for "
@@ -216,3 +178,35 @@ class JanusAdapter(ChatAdapter):
             use_cache=False,
             logits_to_keep=1,
         )
+
+
+class JanusDrawer(Drawer):
+    """Codes with a head and an embedding of their own; guidance 5, as the authors."""
+
+    guidance = 5.0
+
+    def __init__(self, adapter: JanusAdapter) -> None:
+        super().__init__(adapter)
+        self.n_tokens = adapter.processor.num_image_tokens
+
+    def prompt(self, text: str) -> list[int]:
+        whole, _ = self.adapter.render(Sample("", "generation", ((text, ""),), ()), "generation")
+        return list(self.adapter.tokenizer(whole.replace(self.adapter.image_token, ""))["input_ids"])
+
+    def negative(self, text: str) -> list[int]:
+        """As many tokens as the prompt: padding that is seen, but for the first mark and the last."""
+        ids = torch.tensor([self.prompt(text)])
+        self.adapter._drop_prompts(ids, torch.ones_like(ids, dtype=torch.bool))
+        return ids[0].tolist()
+
+    def step(self, ids: Tensor, drawn: bool, **inputs: Any) -> tuple[Tensor, Any]:
+        if drawn:
+            embeds = self.model.prepare_embeddings_for_image_generation(ids)
+        else:
+            embeds = self.model.get_input_embeddings()(ids)
+        out = self.model.model.language_model(inputs_embeds=embeds, **inputs)
+        return self.model.model.generation_head(out.last_hidden_state[:, -1]), out.past_key_values
+
+    def picture(self, tokens: Tensor) -> Image.Image:
+        # Not `decode_image_tokens`: its channels come last, and the processor would take rows for them.
+        return self.adapter.to_picture(self.model.model.vqmodel.decode(tokens[None]))

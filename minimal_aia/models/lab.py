@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minimal_aia.console import nearest
 from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers
+from minimal_aia.models.draw import Drawer
 from minimal_aia.paths import DATA, how_to_get
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from minimal_aia.data import Sample
     from minimal_aia.lab.sequences import Sequences
     from minimal_aia.pictures import Picture
@@ -38,14 +42,18 @@ class LabAdapter(Adapter):
         self.codebook = codebook
         self.tasks = tasks
 
-    def why_not(self, sample: Sample, task: str) -> str | None:
+    def bad_text(self, text: str) -> str | None:
         from minimal_aia.lab.sequences import unknown_words
 
+        unknown = unknown_words(text)
+        return f"a lab model does not know the word {unknown[0]!r}" if unknown else None
+
+    def drawer(self) -> Drawer:
+        return LabDrawer(self) if "generation" in self.tasks else super().drawer()
+
+    def why_not(self, sample: Sample, task: str) -> str | None:
         if reason := super().why_not(sample, task):
             return reason
-        text = " ".join(part for turn in sample.turns for part in turn)
-        if unknown := unknown_words(text):
-            return f"a lab model does not know the word {unknown[0]!r}"
         if len(sample.images) != 1:
             return f"a lab model needs one picture a sample, not {len(sample.images)}"
         if _picture(sample.images[0]) is None:
@@ -57,15 +65,12 @@ class LabAdapter(Adapter):
 
         self.check(samples, task)
         pictures = np.stack([p for s in samples if (p := _picture(s.images[0])) is not None])
-        codes = images.encode(pictures, self.codebook).tolist()
-        if task == "generation":
-            rows = [
-                sequences.generation_tokens(s.turns[0][0], c) for s, c in zip(samples, codes, strict=True)
-            ]
-        else:
-            rows = [
-                sequences.understanding_tokens(list(s.turns), c) for s, c in zip(samples, codes, strict=True)
-            ]
+        rows = [
+            sequences.generation_tokens(s.turns[0][0], codes)
+            if task == "generation"
+            else sequences.understanding_tokens(list(s.turns), codes)
+            for s, codes in zip(samples, images.encode(pictures, self.codebook).tolist(), strict=True)
+        ]
         return as_batch(sequences.pad(rows, pictures), task, [s.id for s in samples]).to(self.device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -102,6 +107,42 @@ class LabAdapter(Adapter):
     def layers(self) -> list[nn.Module]:
         text = self.model.config.get_text_config()
         return find_layers(self.model, text.num_hidden_layers)
+
+
+class LabDrawer(Drawer):
+    """24 x 24 pixels. Lab models never saw an empty prompt in training: no guidance."""
+
+    guidance = 1.0
+
+    def __init__(self, adapter: LabAdapter) -> None:
+        from minimal_aia.lab import images, models
+
+        super().__init__(adapter)
+        self.n_tokens = images.N_IMAGE_TOKENS
+        self.janus = models.is_janus(self.model)
+
+    def prompt(self, text: str) -> list[int]:
+        from minimal_aia.lab.sequences import BOI, BOS, word_ids
+
+        return [BOS, *word_ids(text), BOI]
+
+    def step(self, ids: Tensor, drawn: bool, **inputs: Any) -> tuple[Tensor, Any]:
+        from minimal_aia.lab.models import routed
+        from minimal_aia.lab.sequences import FIRST_CODE
+        from minimal_aia.models.janus import JanusDrawer
+
+        if self.janus:
+            return JanusDrawer.step(self, ids, drawn, **inputs)  # type: ignore[arg-type]
+        inputs |= routed(self.model, torch.full_like(ids, drawn, dtype=torch.bool))
+        out = self.model.model(input_ids=ids + FIRST_CODE if drawn else ids, **inputs)
+        return self.model.lm_head(out.last_hidden_state[:, -1])[:, FIRST_CODE:], out.past_key_values
+
+    def picture(self, tokens: Tensor) -> Image.Image:
+        from PIL import Image
+
+        from minimal_aia.lab import images
+
+        return Image.fromarray(images.decode(tokens.cpu().numpy()[None], self.adapter.codebook)[0])
 
 
 def as_batch(rows: Sequences, task: str, ids: list[str]) -> Batch:
@@ -142,7 +183,10 @@ def load_lab(name: str, **where: Any) -> LabAdapter:
     short = str(name).removeprefix("lab/")
     folder = CHECKPOINTS / short if short in NAMES else Path(name)
     if short not in NAMES and not folder.is_dir():
-        raise AdapterError(f"there is no lab model {name!r}: one of {', '.join(NAMES)}, or a training folder")
+        close = nearest(str(name), (f"lab/{known}" for known in NAMES))
+        raise AdapterError(
+            f"there is no lab model {name!r}: one of {', '.join(NAMES)}, or a training folder{close}"
+        )
     if not (folder / "config.json").is_file():
         raise AdapterError(
             f"{folder}: no lab model there; "

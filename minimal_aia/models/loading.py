@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +56,6 @@ def config_file(name: str) -> Path:
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise AdapterError(f"{name}: no such folder (a hub model is written owner/model)")
-    require("huggingface_hub", name)
     from huggingface_hub import hf_hub_download
 
     reason: Exception | None = None
@@ -66,11 +70,35 @@ def config_file(name: str) -> Path:
     ) from reason
 
 
-def require(package: str, name: str, extra: str | None = None) -> None:
+def require(package: str, name: str) -> None:
     """AdapterError with the install command when `package` is not installed."""
     if importlib.util.find_spec(package) is None:
-        what = f'"minimal-aia[{extra}]"' if extra else package
-        raise AdapterError(f"{name} needs the package {package}, which is not installed: pip install {what}")
+        raise AdapterError(
+            f"{name} needs the package {package}, which is not installed: pip install {package}"
+        )
+
+
+@contextmanager
+def authors_code(name: str, code: str | Path | None, module: str, repository: str) -> Iterator[Any]:
+    """The authors' `module`, imported from a checkout of their repository; only after the user's consent.
+
+    code: the checkout's folder; None if the module is already importable. Its folder is on sys.path inside
+    the context only. AdapterError, naming the repository, if the module is not there.
+    """
+    if code is not None and not Path(code).expanduser().is_dir():
+        raise AdapterError(f"{name}: code={str(code)!r} is no folder; give a checkout of {repository}")
+    before = list(sys.path)
+    if code is not None:
+        sys.path.insert(0, str(Path(code).expanduser()))
+    try:
+        yield importlib.import_module(module)
+    except ImportError as error:
+        raise AdapterError(
+            f"{name} needs its authors' code ({error}): check out {repository}, install what it asks for and "
+            "pass code=<that folder>"
+        ) from error
+    finally:
+        sys.path[:] = before
 
 
 def default_device() -> str:
@@ -88,6 +116,11 @@ def display_name(name: str) -> str:
     """What tables call a model: a folder's own name, or the whole hub id."""
     folder = Path(name).expanduser()
     return folder.resolve().name if folder.is_dir() else name
+
+
+def own_settings(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of `options` what an adapter's constructor wants; the rest is for loading its model."""
+    return {key: options.pop(key) for key in inspect.signature(cls).parameters if key in options}
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype | None, in_4bit: bool = False) -> int:
@@ -187,7 +220,6 @@ def load_model(
         )
         device_map = device_map or {"": device}
     if device_map is not None:
-        require("accelerate", f"{name} with device_map")
         options["device_map"] = device_map
     try:
         model, info = model_class.from_pretrained(
@@ -210,8 +242,7 @@ def load_model(
 
 
 def images_only(processor_class: Any) -> Any:
-    """The processor class without its video part, which insists on torchvision; this project needs stills
-    only."""
+    """The processor class without its video part, which insists on torchvision: stills are enough here."""
 
     class ImagesOnly(processor_class):
         @classmethod
@@ -237,20 +268,20 @@ def load_tokenizer(name: str) -> Any:
         raise AdapterError(f"{name}: no usable tokenizer beside the weights ({first_line(error)})") from error
 
 
-def load_processor(name: str, processor_class: Any) -> Any:
+def load_processor(name: str, model_type: str | None) -> Any:
     """A processor of text and still images, with the PIL image processor (torchvision is never required).
 
-    processor_class: the library's class; for `AutoProcessor`, the class that the folder names.
+    model_type: tells the processor's class; None for the one that the folder names.
     """
     import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     try:
         settings, _ = transformers.ProcessorMixin.get_processor_dict(name)
-        named = str(settings.get("processor_class"))
-        if processor_class is transformers.AutoProcessor and not hasattr(transformers, named):
-            return processor_class.from_pretrained(name)
-        if processor_class is transformers.AutoProcessor:
-            processor_class = getattr(transformers, named)
+        named = PROCESSOR_MAPPING_NAMES[model_type] if model_type else settings.get("processor_class")
+        processor_class = getattr(transformers, str(named), None)
+        if processor_class is None:
+            return transformers.AutoProcessor.from_pretrained(name)
         images = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
     except (OSError, ValueError) as error:
         raise AdapterError(

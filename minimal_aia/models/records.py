@@ -6,8 +6,7 @@ Two ways in, both leave the model's numbers unchanged:
   HunyuanImage-3.0). The function is replaced for the duration, and hooks on the modules say which layer is
   calling.
 - `capture_weights`: attention modules that compute and can return their softmax (DeepSeek-VL2's MLA). Each
-layer's
-  matrix is reduced as soon as it is made, so never more than one exists.
+  layer's matrix is reduced as soon as it is made, so never more than one exists.
 
 Both fill a `StepRecord`, which adds up over calls: denoising steps, or the pieces of a cached sequence.
 """
@@ -24,9 +23,8 @@ from torch.nn import functional as F
 
 from minimal_aia.intensity import attention_with_intensity
 
-# Of one attention call: the sample of each of its rows (int [b], -1: not counted), its queries (bool [b,
-# Q]) and
-# keys (bool [b, K]). None: the whole call is not counted.
+# Of one attention call: the sample of each of its rows (int [b], -1: not counted), its queries (bool [b, Q])
+# and keys (bool [b, K]). None: the whole call is not counted.
 CallSpans = tuple[Tensor, Tensor, Tensor] | None
 
 
@@ -129,7 +127,7 @@ def capture_sdpa(
     with ExitStack() as undo:
         for layer, module in enumerate(modules):
             enter = module.register_forward_pre_hook(lambda _m, _a, layer=layer: inside.append(layer))
-            leave = module.register_forward_hook(lambda _m, _a, _o: _pop(inside), always_call=True)
+            leave = module.register_forward_hook(lambda _m, _a, _o: inside.clear(), always_call=True)
             undo.callback(enter.remove)
             undo.callback(leave.remove)
         F.scaled_dot_product_attention = recording
@@ -170,18 +168,13 @@ def capture_weights(
     _check_complete(record, "its attention module")
 
 
-def _pop(inside: list[int]) -> None:
-    inside.pop()
-
-
-def _check_fit(spans: CallSpans, query: Tensor, key: Tensor) -> None:
-    assert spans is not None
-    want, have = (spans[1].shape, spans[2].shape), (query.shape, key.shape)
-    if want != ((have[0][0], have[0][2]), (have[1][0], have[1][2])):
+def _check_fit(spans: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor) -> None:
+    _, queries, keys = spans
+    rows, n_query, n_key = len(query), query.shape[2], key.shape[2]
+    if queries.shape != (rows, n_query) or keys.shape != (rows, n_key):
         raise ValueError(
-            f"the spans are queries {list(want[0])} and keys {list(want[1])}, but the attention has "
-            f"{have[0][0]} samples, {have[0][2]} queries and {have[1][2]} keys: the model lays its "
-            "sequence out differently"
+            f"the spans are queries {list(queries.shape)} and keys {list(keys.shape)}, but the attention has "
+            f"{rows} samples, {n_query} queries and {n_key} keys: the model lays its sequence out differently"
         )
 
 

@@ -8,187 +8,71 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minimal_aia.console import nearest
 from minimal_aia.models.base import TASKS, Adapter, AdapterError
 from minimal_aia.models.loading import ORIGINAL_LAYOUTS, read_types, require
-
-GENERATION, UNDERSTANDING = ("generation",), ("understanding",)
-
-TINY = "tiny random model through `from_pretrained`, against eager attention"
-STAND_IN = "our stand-in with the same attention entry point; the authors' code itself was not run"
 
 
 @dataclass(frozen=True)
 class Family:
     """One row of the support table.
 
-    adapter: "module:class" inside `minimal_aia.models`; the class has a `load(name, family, **options)`.
     model_types: `model_type` or architecture in config.json (or `_class_name` in model_index.json) that
     select it.
-    model, processor: names of the library's classes.
-    package, extra: what it needs installed, and the optional extra of this project that brings it.
+    model: name of the library's (or the authors') class.
+    adapter: "module:class" inside `minimal_aia.models`; the class has a `load(name, family, **options)`.
+    package: what it needs installed.
     """
 
     name: str
     systems: str
-    tasks: tuple[str, ...]
-    adapter: str
     model_types: tuple[str, ...]
-    model: str = "AutoModelForImageTextToText"
-    processor: str = "AutoProcessor"
+    model: str
+    adapter: str = "chat:ChatAdapter"
+    tasks: tuple[str, ...] = ("understanding",)
     package: str = "transformers"
-    extra: str | None = None
     remote_code: bool = False
-    tested: str = TINY
+
+    @property
+    def tested(self) -> str:
+        if self.remote_code:
+            return "our stand-in with the same attention entry point; the authors' code itself was not run"
+        return "tiny random model through `from_pretrained`, against eager attention"
 
 
+GENERATION = ("generation",)
+# fmt: off
 _ROWS = (
-    Family(
-        "janus",
-        "Janus, Janus-Pro 1B/7B",
-        TASKS,
-        "janus:JanusAdapter",
-        ("janus",),
-        "JanusForConditionalGeneration",
-        "JanusProcessor",
-    ),
-    Family(
-        "emu3",
-        "Emu3 (Chat, Gen, Stage1)",
-        TASKS,
-        "emu3:Emu3Adapter",
-        ("emu3",),
-        "Emu3ForConditionalGeneration",
-        "Emu3Processor",
-    ),
-    Family(
-        "chameleon",
-        "Chameleon",
-        UNDERSTANDING,
-        "chameleon:ChameleonAdapter",
-        ("chameleon",),
-        "ChameleonForConditionalGeneration",
-        "ChameleonProcessor",
-    ),
-    Family(
-        "qwen2.5-vl",
-        "Qwen2.5-VL",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        ("qwen2_5_vl",),
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLProcessor",
-    ),
-    Family(
-        "qwen3-vl",
-        "Qwen3-VL (dense)",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        ("qwen3_vl",),
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLProcessor",
-    ),
-    Family(
-        "qwen3-vl-moe",
-        "Qwen3-VL (mixture of experts)",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        ("qwen3_vl_moe",),
-        "Qwen3VLMoeForConditionalGeneration",
-        "Qwen3VLProcessor",
-    ),
-    Family(
-        "internvl",
-        "InternVL3",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        ("internvl",),
-        "InternVLForConditionalGeneration",
-        "InternVLProcessor",
-    ),
-    Family(
-        "llava-onevision",
-        "LLaVA-OneVision",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        ("llava_onevision",),
-        "LlavaOnevisionForConditionalGeneration",
-        "LlavaOnevisionProcessor",
-    ),
-    Family(
-        "deepseek-vl",
-        "DeepSeek-VL",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        ("deepseek_vl",),
-        "DeepseekVLForConditionalGeneration",
-        "DeepseekVLProcessor",
-    ),
-    Family(
-        "simplear",
-        "SimpleAR: image tokens in the vocabulary",
-        GENERATION,
-        "simplear:SimpleARAdapter",
-        ("SimpARForCausalLM", "qwen2"),
-        "Qwen2ForCausalLM",
-    ),
-    Family(
-        "flux",
-        "FLUX.1",
-        GENERATION,
-        "diffusion:FluxAdapter",
-        ("FluxPipeline",),
-        "FluxPipeline",
-        package="diffusers",
-        extra="diffusers",
-    ),
-    Family(
-        "qwen-image",
-        "Qwen-Image",
-        GENERATION,
-        "diffusion:QwenImageAdapter",
-        ("QwenImagePipeline",),
-        "QwenImagePipeline",
-        package="diffusers",
-        extra="diffusers",
-    ),
-    Family(
-        "deepseek-vl2",
-        "DeepSeek-VL2",
-        UNDERSTANDING,
-        "deepseek_vl2:DeepseekVL2Adapter",
-        ("deepseek_vl_v2", "DeepseekVLV2ForCausalLM"),
-        "DeepseekVLV2ForCausalLM",
-        remote_code=True,
-        tested=STAND_IN,
-    ),
-    Family(
-        "hunyuan-image",
-        "HunyuanImage-3.0",
-        GENERATION,
-        "hunyuan_image:HunyuanImageAdapter",
-        ("hunyuan_image_3_moe", "HunyuanImage3ForCausalMM"),
-        "HunyuanImage3ForCausalMM",
-        remote_code=True,
-        tested=STAND_IN,
-    ),
-    Family(
-        "bagel",
-        "BAGEL",
-        TASKS,
-        "bagel:BagelAdapter",
-        ("bagel", "BagelForConditionalGeneration"),
-        "Bagel",
-        remote_code=True,
-        tested=STAND_IN,
-    ),
-    Family(
-        "decoder",
-        "any decoder-only vision-language model, given its image token id",
-        UNDERSTANDING,
-        "chat:ChatAdapter",
-        (),
-    ),
+    Family("janus", "Janus, Janus-Pro 1B/7B", ("janus",), "JanusForConditionalGeneration",
+           "janus:JanusAdapter", TASKS),
+    Family("emu3", "Emu3 (Chat, Gen, Stage1)", ("emu3",), "Emu3ForConditionalGeneration",
+           "emu3:Emu3Adapter", TASKS),
+    Family("chameleon", "Chameleon", ("chameleon",), "ChameleonForConditionalGeneration",
+           "chat:ChameleonAdapter"),
+    Family("qwen2.5-vl", "Qwen2.5-VL", ("qwen2_5_vl",), "Qwen2_5_VLForConditionalGeneration"),
+    Family("qwen3-vl", "Qwen3-VL (dense)", ("qwen3_vl",), "Qwen3VLForConditionalGeneration"),
+    Family("qwen3-vl-moe", "Qwen3-VL (mixture of experts)", ("qwen3_vl_moe",),
+           "Qwen3VLMoeForConditionalGeneration"),
+    Family("internvl", "InternVL3", ("internvl",), "InternVLForConditionalGeneration"),
+    Family("llava-onevision", "LLaVA-OneVision", ("llava_onevision",),
+           "LlavaOnevisionForConditionalGeneration"),
+    Family("deepseek-vl", "DeepSeek-VL", ("deepseek_vl",), "DeepseekVLForConditionalGeneration"),
+    Family("simplear", "SimpleAR: image tokens in the vocabulary", ("SimpARForCausalLM", "qwen2"),
+           "Qwen2ForCausalLM", "simplear:SimpleARAdapter", GENERATION),
+    Family("flux", "FLUX.1", ("FluxPipeline",), "FluxPipeline", "diffusion:FluxAdapter", GENERATION,
+           "diffusers"),
+    Family("qwen-image", "Qwen-Image", ("QwenImagePipeline",), "QwenImagePipeline",
+           "diffusion:QwenImageAdapter", GENERATION, "diffusers"),
+    Family("deepseek-vl2", "DeepSeek-VL2", ("deepseek_vl_v2", "DeepseekVLV2ForCausalLM"),
+           "DeepseekVLV2ForCausalLM", "deepseek_vl2:DeepseekVL2Adapter", remote_code=True),
+    Family("hunyuan-image", "HunyuanImage-3.0", ("hunyuan_image_3_moe", "HunyuanImage3ForCausalMM"),
+           "HunyuanImage3ForCausalMM", "hunyuan_image:HunyuanImageAdapter", GENERATION, remote_code=True),
+    Family("bagel", "BAGEL", ("bagel", "BagelForConditionalGeneration"), "Bagel", "bagel:BagelAdapter",
+           TASKS, remote_code=True),
+    Family("decoder", "any decoder-only vision-language model, given its image token id", (),
+           "AutoModelForImageTextToText"),
 )
+# fmt: on
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 
 
@@ -205,7 +89,9 @@ def support_table() -> str:
 def find_family(name: str, types: list[str], family: str | None = None) -> Family:
     """The row for what a config says it is, or for the family asked for; AdapterError if they do not fit."""
     if family is not None and family not in FAMILIES:
-        raise AdapterError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+        raise AdapterError(
+            f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
+        )
     model_type = types[0] if types else ""
     fitting = [f for f in FAMILIES.values() if set(types) & set(f.model_types)]
     if family is not None:
@@ -267,11 +153,15 @@ def load_adapter(
 
         dtype = getattr(torch, dtype)
     if is_lab(name):
+        if family is not None or load_in_4bit:
+            raise AdapterError(
+                f"{name}: is a lab model, small and of one family: leave out family and load_in_4bit"
+            )
         lab = importlib.import_module("minimal_aia.models.lab")
         adapter: Adapter = lab.load_lab(name)
         return adapter.to(device, dtype)
     row = find_family(name, read_types(name), family)
-    require(row.package, name, row.extra)
+    require(row.package, name)
     if row.remote_code and not trust_remote_code:
         raise AdapterError(
             f"{name}: the {row.name} family runs Python code that comes with its weights. Read that code, "

@@ -7,16 +7,15 @@ picture into codes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers, pad_rows
-from minimal_aia.models.draw import draw_tokens, own_seed
-from minimal_aia.models.loading import display_name, load_model, load_tokenizer
+from minimal_aia.models.base import Adapter, AdapterError, Batch, find_layers
+from minimal_aia.models.draw import Drawer
+from minimal_aia.models.loading import display_name, load_model, load_tokenizer, own_settings
 from minimal_aia.models.text import require_offsets, special_inside, token_mask
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ class SimpleARAdapter(Adapter):
     first_code: vocabulary id of image code 0 (default: the tokenizer's length, as the authors count).
     n_codes: image tokens a picture (1024: 512 x 512 pixels; 4096: 1024 x 1024).
     guidance, seed: of the drawing (guidance 6 as the authors use; None for none).
-    image_codes: picture path -> its codes; given that, samples with a target picture are teacher-forced on
-    it.
+    image_codes: picture -> its codes; given that, samples with a target picture are teacher-forced on it.
     """
 
     family = "simplear"
@@ -63,64 +61,40 @@ class SimpleARAdapter(Adapter):
                 f"{name}: no image codes in its vocabulary ({model.config.vocab_size} entries, the first "
                 f"code would be {self.first_code}); it is not a SimpleAR model, or first_code= is needed"
             )
-        self._drawn: dict[Sample, list[int]] = {}
 
     @classmethod
     def load(cls, name: str, family: Family, **options: Any) -> SimpleARAdapter:
         from transformers import Qwen2ForCausalLM
 
-        settings = {key: options.pop(key) for key in inspect.signature(cls).parameters if key in options}
+        settings = own_settings(cls, options)
         tokenizer = load_tokenizer(name)
         return cls(display_name(name), load_model(name, Qwen2ForCausalLM, **options), tokenizer, **settings)
 
-    def why_not(self, sample: Sample, task: str) -> str | None:
-        reason = super().why_not(sample, task)
-        if reason is None and (token := special_inside(sample.turns[0][0], self.tokenizer)):
-            return f"its text spells out the special token {token!r}"
-        return reason
+    def bad_text(self, text: str) -> str | None:
+        return special_inside(text, self.tokenizer)
 
-    def codes(self, sample: Sample, prompt_ids: list[int]) -> list[int]:
+    def codes(self, sample: Sample) -> list[int]:
         """The picture's tokens as vocabulary ids: of its target picture, or drawn once and remembered."""
         if self.image_codes is not None and sample.images:
             codes = [int(code) + self.first_code for code in self.image_codes(sample.images[0])]
             if not codes or max(codes) >= self.model.config.vocab_size or min(codes) < self.first_code:
                 raise AdapterError(f"{sample.id}: image_codes gave codes outside the vocabulary")
             return codes
-        if sample not in self._drawn:
-            allowed = torch.arange(self.model.config.vocab_size, device=self.device) >= self.first_code
-            negative = torch.tensor([self.tokenizer(self.negative)["input_ids"]], device=self.device)
-            with own_seed(self.seed, sample.id, self.device):
-                drawn = draw_tokens(
-                    self.model,
-                    torch.tensor([prompt_ids], device=self.device),
-                    self.n_codes,
-                    lambda _step: allowed,
-                    guidance=self.guidance,
-                    negative=negative,
-                )
-            self._drawn[sample] = drawn.tolist()
-        return self._drawn[sample]
+        return self.drawn(sample, SimpleARDrawer(self), self.seed).tolist()
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         self.check(samples, task)
         front = self.template.index("{}")
-        ids, keys, queries = [], [], []
+        rows = []
         for sample in samples:
             prompt = sample.turns[0][0]
             text = self.tokenizer(self.template.replace("{}", prompt), return_offsets_mapping=True)
             words = token_mask(torch.tensor([text["offset_mapping"]]), [[(front, front + len(prompt))]])[0]
-            codes = self.codes(sample, text["input_ids"])
-            ids.append([*text["input_ids"], *codes])
-            keys.append([*words.int().tolist(), *[0] * len(codes)])
-            queries.append([*[0] * len(words), *[1] * len(codes)])
-        return Batch(
-            inputs={"input_ids": pad_rows(ids)},
-            query_mask=pad_rows(queries).bool(),
-            key_mask=pad_rows(keys).bool(),
-            attention_mask=pad_rows([[1] * len(row) for row in ids]),
-            ids=[sample.id for sample in samples],
-            task=task,
-        ).to(self.device)
+            codes = self.codes(sample)
+            queries = [*[0] * len(words), *[1] * len(codes)]
+            keys = [*words.int().tolist(), *[0] * len(codes)]
+            rows.append(([*text["input_ids"], *codes], queries, keys))
+        return Batch.of_rows(rows, samples, task).to(self.device)
 
     def forward(self, batch: Batch) -> Any:
         return self.model(
@@ -130,9 +104,27 @@ class SimpleARAdapter(Adapter):
             logits_to_keep=1,
         )
 
-    def token_ids(self, batch: Batch) -> Tensor:
-        """The sequence in vocabulary ids: input, and labels. [B, S]"""
-        return batch.inputs["input_ids"]
-
     def layers(self) -> list[nn.Module]:
         return find_layers(self.model.model, self.model.config.num_hidden_layers)
+
+
+class SimpleARDrawer(Drawer):
+    """Codes at the end of the vocabulary. It draws tokens only: their decoder (Cosmos) is not at hand."""
+
+    def __init__(self, adapter: SimpleARAdapter) -> None:
+        super().__init__(adapter)
+        self.n_tokens, self.guidance = adapter.n_codes, adapter.guidance or 1.0
+        self.codes = torch.arange(self.model.config.vocab_size, device=adapter.device) >= adapter.first_code
+
+    def prompt(self, text: str) -> list[int]:
+        return list(self.adapter.tokenizer(self.adapter.template.replace("{}", text))["input_ids"])
+
+    def negative(self, text: str) -> list[int]:
+        return list(self.adapter.tokenizer(self.adapter.negative)["input_ids"])
+
+    def step(self, ids: Tensor, drawn: bool, **inputs: Any) -> tuple[Tensor, Any]:
+        out = self.model.model(input_ids=ids, **inputs)
+        return self.model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
+
+    def allowed(self, position: int) -> Tensor:
+        return self.codes

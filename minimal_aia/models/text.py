@@ -96,9 +96,9 @@ def require_offsets(tokenizer: Any, name: str) -> None:
         raise AdapterError(f"{name}: its tokenizer gives no character offsets; a tokenizer.json is needed")
 
 
-def special_inside(text: str, tokenizer: Any, more: Sequence[str | None] = ()) -> str | None:
-    """A special token spelled out in `text` (it would be read as that token), or None."""
-    for token in (*getattr(tokenizer, "all_special_tokens", ()), *more):
-        if token and token in text:
-            return str(token)
+def special_inside(text: str, tokenizer: Any, more: Sequence[str] = ()) -> str | None:
+    """What is wrong with `text`: it spells out a special token, and would be read as that; or None."""
+    for token in (*tokenizer.all_special_tokens, *more):
+        if token in text:
+            return f"its text spells out the special token {token!r}"
     return None

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from checkpoints import MAKERS
 
-import minimal_aia.evaluation.drawing as drawing
+import minimal_aia.models.draw as drawing
 from minimal_aia.cli import main
 from minimal_aia.evaluation.generation import export
-from minimal_aia.evaluation.prompts import Prompt, PromptError, grid, read_prompts
+from minimal_aia.evaluation.prompts import Prompt, grid, read_prompts
 from minimal_aia.models import load_adapter
 
 torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def test_dpg_finds_grids_named_as_the_prompts_and_nothing_else(lab, dpg, tmp_pat
     out = tmp_path / "images"
     export(lab, prompts, layout, out, batch_size=5, progress=False)
     assert sorted(os.listdir(out)) == ["0.png", "10.png", "partiprompts2.png"]  # it takes all for pictures
-    mine, resolution = drawing.drawer(lab), 24
+    mine, resolution = lab.drawer(), 24
     for prompt in prompts:
         with Image.open(out / f"{prompt.id}.png") as whole:
             crops = [
@@ -122,11 +122,11 @@ def test_a_killed_run_goes_on_where_it_stopped(lab, geneval, dpg, tmp_path, monk
     export(lab, prompts, layout, whole, batch_size=5, progress=False)
     draw, calls = drawing.draw, []
 
-    def killed(*args):
+    def killed(*args, **settings):
         calls.append(len(args[1]))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return draw(*args)
+        return draw(*args, **settings)
 
     monkeypatch.setattr(drawing, "draw", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -231,23 +231,23 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
     path = tmp_path / "metadata.jsonl"
     good = '{"prompt": "a", "tag": "colors"}'
     path.write_text(f"{good}\n{bad}\n{good}\n")
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(ValueError, match=message):
         read_prompts(path)
     path.write_bytes(good.encode() + b"\n\xff\n")
-    with pytest.raises(PromptError, match=r"metadata.jsonl:2: not UTF-8"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl:2: not UTF-8"):
         read_prompts(path)
 
 
 def test_bad_text_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file; give GenEval's"):
         read_prompts(tmp_path / "nothing")
-    with pytest.raises(PromptError, match=r"no \.txt file"):
+    with pytest.raises(ValueError, match=r"no \.txt file"):
         read_prompts(tmp_path)
     (tmp_path / "1.txt").write_text(" \n")
-    with pytest.raises(PromptError, match=r"1\.txt: the file is empty"):
+    with pytest.raises(ValueError, match=r"1\.txt: the file is empty"):
         read_prompts(tmp_path)
     (tmp_path / "1.txt").rename(tmp_path / "v1.2.txt")
-    with pytest.raises(PromptError, match=r"v1\.2\.txt: .* cuts names at the first dot"):
+    with pytest.raises(ValueError, match=r"v1\.2\.txt: .* cuts names at the first dot"):
         read_prompts(tmp_path)
 
 

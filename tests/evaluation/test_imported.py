@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimal_aia.cli import main
-from minimal_aia.evaluation.imported import TABLE, ScoreError, import_scores
+from minimal_aia.evaluation.imported import TABLE, import_scores
 
 TAGS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 
@@ -185,7 +185,7 @@ def test_what_no_scorer_wrote_is_refused_with_file_and_line(tmp_path, name, text
     path = tmp_path / name
     path.write_text(text)
     model = None if name.endswith(".json") else "m"
-    with pytest.raises(ScoreError, match=message):
+    with pytest.raises(ValueError, match=message):
         import_scores(path, model=model)
 
 
@@ -194,7 +194,7 @@ def test_what_no_scorer_wrote_is_refused_with_file_and_line(tmp_path, name, text
 def test_any_text_is_a_table_or_one_clear_error(tmp_path_factory, text, harness):
     path = tmp_path_factory.getbasetemp() / f"any-{harness}"
     path.write_bytes(text.encode("utf-8", "replace"))
-    with pytest.raises(ScoreError, match="any-"):  # nobody's result file is made by chance
+    with pytest.raises(ValueError, match="any-"):  # nobody's result file is made by chance
         import_scores(path, harness, model="m")
 
 

@@ -28,7 +28,7 @@ def load(checkpoint, family: str, **more):
 def image_ids(model, batch) -> list[list[int]]:
     if model.family == "janus":
         return batch.inputs["codes"].tolist()
-    ids = model.token_ids(batch)
+    ids = model.token_ids(batch) if model.family == "emu3" else batch.inputs["input_ids"]
     return [row[mask].tolist() for row, mask in zip(ids, batch.query_mask)]
 
 

@@ -150,16 +150,6 @@ def test_unknown_model_types_name_the_way_out(tmp_path, model_type, hint):
 def test_missing_package(checkpoint, monkeypatch):
     real = loading.importlib.util.find_spec
     monkeypatch.setattr(
-        loading.importlib.util,
-        "find_spec",
-        lambda name: None if name in ("transformers", "bitsandbytes") else real(name),
-    )
-    error(
-        lambda: load_adapter(checkpoint("janus")),
-        "needs the package transformers",
-        "pip install transformers",
-    )
-    monkeypatch.setattr(
         loading.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name)
     )
     error(lambda: load_adapter(checkpoint("janus"), load_in_4bit=True), "pip install bitsandbytes")

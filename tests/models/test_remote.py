@@ -13,11 +13,10 @@ from torch.nn import functional as F
 from minimal_aia.data import Sample
 from minimal_aia.intensity import intensity_from_attention
 from minimal_aia.models import AdapterError, load_adapter
-from minimal_aia.models.bagel import BagelAdapter
-from minimal_aia.models.bagel_load import varlen_attention
+from minimal_aia.models.bagel import BagelAdapter, varlen_attention
 from minimal_aia.models.deepseek_vl2 import DeepseekVL2Adapter
 from minimal_aia.models.hunyuan_image import HunyuanImageAdapter
-from minimal_aia.models.remote import authors_code
+from minimal_aia.models.loading import authors_code
 
 STEPS = 3
 

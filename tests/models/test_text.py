@@ -76,8 +76,8 @@ def test_messages_put_pictures_before_the_first_question_only():
 
 def test_special_inside_names_the_token():
     class Tokenizer:
-        all_special_tokens = ("<s>", None)
+        all_special_tokens = ("<s>",)
 
-    assert special_inside("a <s> b", Tokenizer()) == "<s>"
-    assert special_inside("a <img>", Tokenizer(), (None, "<img>")) == "<img>"
+    assert special_inside("a <s> b", Tokenizer()) == "its text spells out the special token '<s>'"
+    assert "'<img>'" in special_inside("a <img>", Tokenizer(), ("<img>",))
     assert special_inside("plain", Tokenizer()) is None

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from checkpoints import MAKERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-
-from checkpoints import MAKERS
+from transformers import LogitsProcessor
 
 from minimal_aia.data import Sample
-from minimal_aia.evaluation.drawing import draw, draw_tokens, drawer, image_seed, pick, uniform_numbers
 from minimal_aia.lab import images, models
 from minimal_aia.models import AdapterError, load_adapter
 from minimal_aia.models.base import TASKS
-from minimal_aia.models.draw import draw_tokens as library_draws
+from minimal_aia.models.draw import draw, draw_tokens, image_seed, pick, uniform_numbers
 from minimal_aia.models.lab import LabAdapter
+from minimal_aia.models.simplear import SimpleARDrawer
 
 torch.set_num_threads(1)
 TEXTS = ["a red circle", "two blue squares on a white wall, the sign says hello"]
@@ -33,7 +28,7 @@ SEEDS = [image_seed(0, "00000", 0), image_seed(0, "00001", 3)]
 def adapters(tmp_path_factory):
     """`adapters("janus")`: a tiny model of that family, loaded once."""
     made = {}
-    options = {"emu3": {"image_area": 24 * 24}}
+    options = {"emu3": {"image_area": 24 * 24}, "simplear": {"n_codes": 12}}
 
     def load(family: str):
         if (
@@ -72,7 +67,7 @@ def same_numbers(monkeypatch):
 def janus_library(adapter, texts: list[str], **settings):
     """transformers' own loop, `generate(generation_mode="image")`, padded on the left."""
     tokens = adapter.tokenizer(
-        [adapter.tokenizer.decode(drawer(adapter).prompt(t)) for t in texts],
+        [adapter.tokenizer.decode(adapter.drawer().prompt(t)) for t in texts],
         padding=True,
         padding_side="left",
         add_special_tokens=False,
@@ -91,12 +86,32 @@ def janus_library(adapter, texts: list[str], **settings):
     )
 
 
+def decoder_library(adapter, mine, text: str, **settings):
+    """transformers' `generate` on a decoder whose vocabulary holds the codes. int [n]"""
+    prompt = torch.tensor([mine.prompt(text)])
+
+    class Allowed(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill(~mine.allowed(input_ids.shape[1] - prompt.shape[1]), -torch.inf)
+
+    return adapter.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        max_new_tokens=mine.n_tokens,
+        min_new_tokens=mine.n_tokens,
+        logits_processor=[Allowed()],
+        negative_prompt_ids=torch.tensor([mine.negative(text)]),
+        **settings,
+    )[0, prompt.shape[1] :]
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"guidance": 2.0, "temperature": 0.5}, {"top_k": 3}], ids=["default", "cold", "top-k"]
 )
 def test_janus_draws_what_the_library_draws(adapters, same_numbers, settings):
     adapter = adapters("janus")
-    ours = draw_tokens(drawer(adapter), TEXTS, SEEDS, **settings)
+    ours = draw_tokens(adapter.drawer(), TEXTS, SEEDS, **settings)
     same_numbers(16, SEEDS)
     theirs = janus_library(
         adapter,
@@ -110,7 +125,7 @@ def test_janus_draws_what_the_library_draws(adapters, same_numbers, settings):
     decoded = adapter.model.decode_image_tokens(theirs).detach().numpy()  # [2, 16, 16, 3]
     norm = adapter.processor.image_processor
     pixels = (255 * (decoded * norm.image_std + norm.image_mean)).clip(0, 255).astype(np.uint8)
-    for mine, reference in zip(draw(drawer(adapter), TEXTS, SEEDS, **settings), pixels, strict=True):
+    for mine, reference in zip(draw(adapter.drawer(), TEXTS, SEEDS, **settings), pixels, strict=True):
         assert np.asarray(mine).shape == (16, 16, 3)
         assert np.abs(np.asarray(mine).astype(int) - reference).max() <= 1  # one by one, and all together
 
@@ -118,7 +133,7 @@ def test_janus_draws_what_the_library_draws(adapters, same_numbers, settings):
 def test_janus_without_guidance_follows_the_teacher_forced_distribution(adapters):
     """At guidance 1 the library's loop crashes: one pass over the finished pictures is the reference."""
     adapter = adapters("janus")
-    codes = draw_tokens(drawer(adapter), TEXTS, SEEDS, guidance=1.0)
+    codes = draw_tokens(adapter.drawer(), TEXTS, SEEDS, guidance=1.0)
     samples = [Sample(str(i), "generation", ((text, ""),), ()) for i, text in enumerate(TEXTS)]
     for sample, row in zip(samples, codes, strict=True):
         adapter._drawn[sample] = row
@@ -139,19 +154,11 @@ def test_janus_without_guidance_follows_the_teacher_forced_distribution(adapters
 
 def test_emu3_draws_what_the_library_draws(adapters, same_numbers):
     adapter = adapters("emu3")
-    mine = drawer(adapter)
+    mine = adapter.drawer()
     ours = draw_tokens(mine, TEXTS, SEEDS)
     for text, seed, row in zip(TEXTS, SEEDS, ours, strict=True):
         same_numbers(12, [seed])
-        theirs = library_draws(
-            adapter.model,
-            torch.tensor([mine.prompt(text)]),
-            12,
-            mine.allowed,
-            guidance=3.0,
-            negative=torch.tensor([mine.prompt("")]),
-            top_k=2048,
-        )
+        theirs = decoder_library(adapter, mine, text, guidance_scale=3.0, top_k=2048)
         assert row.tolist() == theirs.tolist()
     picture = mine.picture(ours[0])
     assert picture.size == (24, 24)
@@ -159,20 +166,29 @@ def test_emu3_draws_what_the_library_draws(adapters, same_numbers):
     assert set(rows[:, 3].tolist()) == {adapter.model.config.vocabulary_map["<|extra_200|>"]}
 
 
+def test_simplear_draws_what_the_library_draws(adapters, same_numbers):
+    adapter = adapters("simplear")
+    sample = Sample("p:1", "generation", ((TEXTS[0], ""),), ())
+    batch = adapter.collate([sample], "generation")
+    same_numbers(12, [image_seed(0, "p:1")])
+    theirs = decoder_library(adapter, SimpleARDrawer(adapter), TEXTS[0], guidance_scale=6.0, top_k=0)
+    assert batch.inputs["input_ids"][batch.query_mask].tolist() == theirs.tolist()
+
+
 @pytest.mark.parametrize("name", ["lab/unified", "lab/janus", "lab/mot"])
 def test_lab_models_draw_what_their_own_loop_draws(adapters, same_numbers, name):
     adapter = adapters(name)
-    ours = draw_tokens(drawer(adapter), LAB_TEXTS, SEEDS)
+    ours = draw_tokens(adapter.drawer(), LAB_TEXTS, SEEDS)
     for text, seed, row in zip(LAB_TEXTS, SEEDS, ours, strict=True):
         same_numbers(36, [seed])
         assert models.draw(adapter.model, [text])[0].tolist() == row.tolist()
-    picture = drawer(adapter).picture(ours[1])
+    picture = adapter.drawer().picture(ours[1])
     assert (np.asarray(picture) == images.decode(ours[1:].numpy(), adapter.codebook)[0]).all()
 
 
 @pytest.mark.parametrize("name", ["janus", "emu3", "lab/unified", "lab/janus"])
 def test_a_picture_does_not_depend_on_its_batch(adapters, name):
-    mine = drawer(adapters(name))
+    mine = adapters(name).drawer()
     texts = (LAB_TEXTS if name.startswith("lab") else TEXTS) * 2
     seeds = [image_seed(7, str(i), 0) for i in range(4)]
     together = draw(mine, texts, seeds)
@@ -182,7 +198,7 @@ def test_a_picture_does_not_depend_on_its_batch(adapters, name):
 
 
 def test_guidance_and_temperature_change_the_picture(adapters):
-    mine = drawer(adapters("janus"))
+    mine = adapters("janus").drawer()
     drawn = [
         draw_tokens(mine, TEXTS[:1], SEEDS[:1], guidance, temperature).tolist()
         for guidance, temperature in [(1.0, 1.0), (5.0, 1.0), (5.0, 0.1)]
@@ -217,9 +233,8 @@ def test_pick_inverts_the_cumulative_distribution(logits, uniform, temperature, 
 
 def test_what_cannot_draw_is_refused(adapters, tmp_path):
     with pytest.raises(AdapterError, match=r"cannot draw pictures for a benchmark; .* janus, emu3, lab"):
-        drawer(adapters("lab/understanding"))
+        adapters("lab/understanding").drawer()
     with pytest.raises(AdapterError, match="cannot draw"):
-        drawer(load_adapter(MAKERS["simplear"](tmp_path / "s"), device="cpu"))
-    assert drawer(adapters("lab/unified")).why_not("a red dog") == "a lab model does not know the word 'dog'"
-    assert "special token" in drawer(adapters("janus")).why_not("a <image_placeholder> b")
-    assert drawer(adapters("emu3")).why_not("  ") == "the prompt is empty"
+        load_adapter(MAKERS["simplear"](tmp_path / "s"), device="cpu").drawer()
+    assert adapters("lab/unified").bad_text("a red dog") == "a lab model does not know the word 'dog'"
+    assert "special token" in adapters("janus").bad_text("a <image_placeholder> b")
