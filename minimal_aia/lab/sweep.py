@@ -200,6 +200,8 @@ def table(sweeps: list[Sweep], out: Path, name: str = "metrics") -> pd.DataFrame
     """One tidy table of all finished runs: `sweep`, `arm`, `seed`, then the columns of the runs' tables."""
     frames = []
     for run, folder in results(sweeps, out):
+        if name == "log" and not run.config.max_steps:
+            continue  # only measured, not trained
         frame = pd.read_csv(folder / f"{name}.csv")
         head: dict[str, Any] = {"sweep": run.sweep, "arm": run.arm, "seed": run.config.seed}
         frames.append(pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1))

@@ -131,6 +131,18 @@ def test_a_sweep_clears_up_after_dead_ones_only(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == [f"0123.{os.getpid()}.tmp"]
 
 
+def test_a_model_that_is_only_measured_has_no_log(tmp_path, monkeypatch):
+    found = sweep.read_sweep(write(tmp_path, arms={"without": {"max_steps": 0}, "with": {}}, seeds=[0]))
+    score = pd.DataFrame({"task": ["generation"], "value": [1.0]})
+    steps = {0: pd.DataFrame([]), 2: pd.DataFrame({"step": [0, 1]})}
+    measure = lambda run, device: {"metrics": score, "log": steps[run.config.max_steps]}  # noqa: E731
+    monkeypatch.setattr(sweep, "measure", measure)
+    for run in found.runs:
+        sweep.execute(run, tmp_path / "runs")
+    assert sweep.table([found], tmp_path / "runs", "log")["arm"].tolist() == ["with", "with"]
+    assert sweep.table([found], tmp_path / "runs")["arm"].tolist() == ["without", "with"]
+
+
 def test_a_run_that_fails_ends_the_sweep_and_what_is_done_stays(tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
