@@ -140,7 +140,7 @@ def test_a_model_that_is_only_measured_has_no_log(tmp_path, monkeypatch):
     for run in found.runs:
         sweep.execute(run, tmp_path / "runs")
     assert sweep.table([found], tmp_path / "runs", "log")["arm"].tolist() == ["with", "with"]
-    assert sweep.table([found], tmp_path / "runs")["arm"].tolist() == ["without", "with"]
+    assert sweep.table([found], tmp_path / "runs")["arm"].tolist() == ["with", "without"]
 
 
 def test_a_run_that_fails_ends_the_sweep_and_what_is_done_stays(tmp_path, capsys):
