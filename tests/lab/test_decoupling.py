@@ -82,5 +82,5 @@ def test_seeds_scatter_cancels_in_the_gap_of_mean_curves(curves):
 def test_the_committed_table_has_every_degree_with_its_seeds():
     table = decoupling.by_degree(decoupling.distances(pd.read_csv(decoupling.FILE)))
     assert table.groupby("task")["model"].apply(list).tolist() == [list(decoupling.DEGREES)] * 2
-    assert (table["seeds"] >= np.where(table["model"] == "mot", 3, 5)).all()
+    assert (table["seeds"] >= 5).all()
     assert (table["low"] < table["distance"]).all()
