@@ -25,7 +25,11 @@ _WHAT_TO_DO = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The same as safetensors (in Rust) and torch.save (in C++) say it.
-_SIGNS_OF_FULL = ("os error 28", "os error 27", "os error 122", "PytorchStreamWriter failed writing")
+_SIGNS_OF_FULL = (
+    *(f"os error {number}" for number in _FULL),
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
