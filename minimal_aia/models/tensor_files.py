@@ -166,6 +166,8 @@ def new_path(out: Path, expected_bytes: int = 0) -> Iterator[Path]:
     parent = out.absolute().parent
     if not parent.is_dir():
         raise OSError(f"{out}: there is no folder {parent}; create it first")
+    if not os.access(parent, os.W_OK):
+        raise OSError(f"{out}: no permission to write into {parent}")
     if (free := shutil.disk_usage(parent).free) < expected_bytes:
         raise OSError(f"{out}: needs {expected_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
     part = parent / f".{out.name}.part"
