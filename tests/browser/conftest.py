@@ -1,7 +1,8 @@
 """JupyterLab on 127.0.0.1 with settings of its own, and a Chromium to look at it.
 
 `make test-browser` runs this folder; `make test` leaves it out, because it needs a browser.
-SCREENSHOTS=some/folder keeps a picture of the page at the end of each test.
+SCREENSHOTS=some/folder keeps a picture at the end of each test, of the explorer if the page shows one; it has
+the name of the notebook, or else of the test. README's is made so.
 """
 
 from __future__ import annotations
@@ -114,6 +115,17 @@ def lab(tmp_path_factory):
             process.kill()
 
 
+def keep_picture(page, path: Path) -> None:
+    from PIL import Image
+
+    explorer = page.locator(".aia-explorer")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.set_viewport_size({"width": 1280, "height": 2000})  # all of it is seen at once: nothing scrolls
+    page.wait_for_timeout(2000)
+    (explorer.first if explorer.count() else page).screenshot(path=path)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes
+
+
 @pytest.fixture
 def page(lab, tmp_path, request):
     """A fresh browser that reaches this JupyterLab only; page.outside: what else it asked for."""
@@ -140,7 +152,7 @@ def page(lab, tmp_path, request):
         context.route("**/*", here_only)
         yield page
         if folder := os.environ.get("SCREENSHOTS"):
-            name = "".join(c if c.isalnum() else "_" for c in request.node.name)
-            page.screenshot(path=Path(folder) / f"{name}.png")
+            case = getattr(request.node, "callspec", None)
+            keep_picture(page, Path(folder) / f"{case.id if case else request.node.name}.png")
         context.close()
     lab.end_kernels()  # the next test starts from nothing
