@@ -1,4 +1,4 @@
-"""For tests/distributed: starts the scripts that fork worlds of processes, compares what they wrote."""
+"""Starts the scripts that fork worlds of processes, and compares what they wrote."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+TESTS = Path(__file__).parent
+
 
 def clean_environment() -> dict[str, str]:
     """Without what another launcher left; one thread a process, no GPU, no network."""
     launchers = ("ACCELERATE", "MASTER", "RANK", "WORLD", "LOCAL_", "FSDP", "TORCHELASTIC")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    path = [str(TESTS), str(TESTS / "train"), str(TESTS / "models"), os.environ.get("PYTHONPATH", "")]
+    return {**kept, **ours, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def run_script(script: str, root: Path, *names: str, timeout: float = 900) -> None:
-    """Run a script of tests/distributed. Whatever happens, nothing of it is left after `timeout` seconds."""
-    command = [sys.executable, str(Path(__file__).parent / "distributed" / script), str(root), *names]
+def run_script(script: str, *arguments: str | Path, timeout: float = 900) -> None:
+    """Run a script of these tests. Whatever happens, nothing of it is left after `timeout` seconds."""
+    command = [sys.executable, str(TESTS / script), *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=clean_environment(), start_new_session=True, **pipes)
     try:

@@ -57,7 +57,7 @@ class Report:
 
     @property
     def n_bad(self) -> int:
-        return sum(int((table["reason"] != "").sum()) for table in self.rows.values())
+        return len(self.bad())
 
     def bad(self) -> pd.DataFrame:
         """id, task, kind, reason of every bad sample, in the order of the data."""
@@ -146,16 +146,12 @@ def kind(reason: str) -> str:
 
 
 def _summary(table: pd.DataFrame) -> dict[str, Any]:
-    good = table.loc[table["reason"] == "", "length"]
-    spread = good.quantile([0.5, 0.95]).round().astype(int).tolist() if len(good) else [0, 0]
+    lengths = table.loc[table["reason"] == "", "length"].quantile([0, 0.5, 0.95, 1]).fillna(0).round()
     return {
         "samples": len(table),
         "bad": int((table["reason"] != "").sum()),
         "duplicates": int(table["duplicate"].sum()),
-        "shortest": int(good.min()) if len(good) else 0,
-        "median": spread[0],
-        "95 %": spread[1],
-        "longest": int(good.max()) if len(good) else 0,
+        **dict(zip(("shortest", "median", "95 %", "longest"), lengths.astype(int))),
     }
 
 

@@ -58,10 +58,7 @@ def seal(folder: Path, **facts: Any) -> dict[str, Any]:
         entries = list(pool.map(lambda path: _entry(path, sync=True), files))
     listed = {str(path.relative_to(folder)): entry for path, entry in zip(files, entries, strict=True)}
     manifest = {**facts, "files": listed}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
     for inner in {path.parent for path in files} | {folder}:
         _sync_folder(inner)
     return manifest
@@ -177,6 +174,16 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill or a power cut leaves the old one or the new one."""
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def _entry(path: Path, sync: bool = False) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from minimal_aia.models.base import Adapter
 from minimal_aia.pictures import PictureCodes
 from minimal_aia.profiles import barrier, rank_and_world
 from minimal_aia.resume import PartFile
+from minimal_aia.train.checkpoints import write_whole
 from minimal_aia.train.codes import FORMAT, INDEX, damage, facts, read_index, vq_fingerprint, write_shard
 from minimal_aia.train.sources import Source
 
@@ -82,7 +82,7 @@ def prepare(
             mine = [done[n] for n, (other, _) in enumerate(shards) if other == task]
             made["tasks"][task]["shards"] = mine  # type: ignore[index]
         if rank == 0:
-            _write_index(out, made)
+            write_whole(out / INDEX, json.dumps(made, indent=1))
             parts.remove()
         barrier()
     return read_index(out)
@@ -143,12 +143,3 @@ def _encode(
                 except (ValueError, OSError) as error:
                     bad(number, f"{sample.id}: {error}")
     return [codes.get(number, ()) for number in numbers], skipped
-
-
-def _write_index(out: Path, made: Mapping[str, Any]) -> None:
-    aside = out / f".{INDEX}"
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(made, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, out / INDEX)

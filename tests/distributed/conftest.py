@@ -13,5 +13,6 @@ def made(request, tmp_path_factory) -> Path:
     """A folder with what the worlds in WORLDS of the test files have written, a folder a name."""
     root = tmp_path_factory.mktemp("worlds")
     modules = {getattr(item, "module", None) for item in request.session.items}
-    run_script("run_worlds.py", root, *sorted({n for m in modules for n in getattr(m, "WORLDS", ())}))
+    names = {name for module in modules for name in getattr(module, "WORLDS", ())}
+    run_script("distributed/run_worlds.py", root, *sorted(names))
     return root

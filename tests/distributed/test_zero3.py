@@ -28,7 +28,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("zero3")
-    run_script("run_worlds.py", root, "alone", "DEEPSPEED gradients", "DEEPSPEED resumes")
+    run_script("distributed/run_worlds.py", root, "alone", "DEEPSPEED gradients", "DEEPSPEED resumes")
     return root
 
 

@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from forking import TIME_LIMIT, fork
 from transformers import TrainerCallback
 
 from minimal_aia.train import checkpoints as ck
@@ -40,7 +40,6 @@ SMALL: dict[str, Any] = {
     "use_cpu": True,
     "resume": "auto",
 }
-TIME_LIMIT = 120  # seconds a life: nothing here can hang the tests
 
 
 class Notes(TrainerCallback):
@@ -69,25 +68,12 @@ class Notes(TrainerCallback):
 def live(folder: Path, at_step: dict[int, Callable[[Any], None]] | None = None, **options: Any) -> int:
     """Fork one life of the run in `folder`; returns the child's process id. Exits as the command."""
     config = TrainConfig(**{**SMALL, "output_dir": str(folder / "run"), **options})
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
+
+    def life() -> int:
         os.setpgid(0, 0)
-        out = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        code = train(config, folder, at_step or {})
-    except (ValueError, OSError) as error:  # as the command line does
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return train(config, folder, at_step or {})
+
+    return fork(life, folder / "output.txt")
 
 
 def train(config: TrainConfig, folder: Path, at_step: dict[int, Callable[[Any], None]]) -> int:

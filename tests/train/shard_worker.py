@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils.fsdp_utils import save_fsdp_model
+from forking import world
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -92,9 +93,7 @@ def zero(rank: int, out: Path, base: Path) -> None:
 
 def process(rank: int, out: Path, base: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "localhost", "MASTER_PORT": "29613"}
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     PartialState(cpu=True)
     fsdp(rank, out, base)
     if importlib.util.find_spec("deepspeed"):
@@ -103,26 +102,8 @@ def process(rank: int, out: Path, base: Path) -> None:
     dist.destroy_process_group()
 
 
-def main() -> int:
-    out, base = (Path(p).absolute() for p in sys.argv[1:])
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                process(rank, out, base)
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    out, base = (Path(p).absolute() for p in sys.argv[1:])
+    codes = world(WORLD, out / "said", lambda rank: process(rank, out, base))
+    print(*(file.read_text() for file in (out / "said").iterdir()))
+    sys.exit(any(codes))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +14,15 @@ import torch
 from real_models import checkpoint, module
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
+from worlds import run_script
 
 from minimal_aia.cli import main
 from minimal_aia.models import load_adapter
 from minimal_aia.models.tensor_files import load_tensors
 from minimal_aia.train import checkpoints as ck
-from minimal_aia.train import sft, sharded
+from minimal_aia.train import sft
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.export import export
-
-WORKER = Path(__file__).parent / "shard_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +34,7 @@ def base() -> Path:
 def shards(base, tmp_path_factory) -> Path:
     """What two processes wrote with FSDP2 and, where it is installed, ZeRO-3; see shard_worker.py."""
     out = tmp_path_factory.mktemp("shards")
-    done = subprocess.run([sys.executable, WORKER, out, base], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script("train/shard_worker.py", out, base)
     return out
 
 
@@ -62,8 +59,7 @@ def test_fsdp2_shards_of_two_processes(shards, base, tmp_path, layout):
     check(tmp_path / "out", load_file(shards / "expected.safetensors"), base)
 
 
-def test_reading_in_small_groups_gives_the_same(shards, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded, "GROUP_BYTES", 200_000)
+def test_tensors_are_cast_as_they_are_read(shards, base, tmp_path):
     export(shards / "dcp", tmp_path / "out", base=str(base), dtype="bfloat16")
     expected = load_file(shards / "expected.safetensors")
     for name, tensor in load_tensors(tmp_path / "out").items():

@@ -10,12 +10,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from worlds import run_script
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,18 +28,7 @@ STEPS, SHORT, SAVE_STEPS = 24, 12, 2  # of the worker
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("kills")
-    worker = Path(__file__).with_name("kill_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(worker), str(root)]
-    process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        _, errors = process.communicate(timeout=600)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors
+    run_script("train/kill_worker.py", root, timeout=600)
     return root
 
 

@@ -73,7 +73,7 @@ def test_the_lab_recipe_makes_a_model_that_everything_reads(tmp_path, capsys):
     card = (out / "README.md").read_text()
     for part in ("| generation | lab | 32 |", "| understanding | lab | 32 |", "step 0", "step 4", "torch"):
         assert part in card, part
-    assert re.search(r"^\| 7 +\| 0\.\d{3} +\|", card, re.MULTILINE)  # the curves' last layer
+    assert re.search(r"^\| 7 +\| +0\.\d{3} +\|", card, re.MULTILINE)  # the curves' last layer
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["max_steps"] == 4
 
 
