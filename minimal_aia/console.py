@@ -56,6 +56,17 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, text: str
+) -> argparse.ArgumentParser:
+    """A sub-command: its line in the list of commands, and its `--help` text with its lines as they are."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
 def guarded(name: str, run: Callable[[], int | None], debug: bool = False) -> int:
     """Run a command: its exit code, 2 with one message on stderr for an error, 130 when it was interrupted.
 

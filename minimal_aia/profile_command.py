@@ -10,10 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimal_aia.console import a_device, not_negative, positive
+from minimal_aia.console import a_device, add_command, not_negative, positive
 
 if TYPE_CHECKING:
     from minimal_aia.data import Sample
+    from minimal_aia.models.base import Adapter
 
 HELP = """\
 Measure the cross-modal intensity (Eq. 1) of a model, layer by layer, over a file of samples. One
@@ -49,12 +50,7 @@ PLOTS = (".png", ".svg", ".pdf")
 
 def add_profile(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        "profile",
-        help="measure a model's layer curve over samples",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = add_command(commands, "profile", run, "measure a model's layer curve over samples", HELP)
     add = command.add_argument
     add("--model", required=True, help="lab/unified, lab/janus, ..., a model folder or a hub id")
     add("--task", required=True, choices=["generation", "understanding"])
@@ -64,19 +60,9 @@ def add_profile(commands: Any) -> argparse.ArgumentParser:
     add("--batch-size", type=positive, default=16, metavar="N", help="samples a forward pass (default 16)")
     add("--limit", type=positive, metavar="N", help="use N samples: the first, or with --seed a random N")
     add("--seed", type=not_negative, help="of --limit's choice and of models that draw noise (default 0)")
-    add("--family", help="the model's family, if its config does not tell")
-    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
     add("--draw", action="store_true", help="let the model draw the pictures that prompt-only samples lack")
-    add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
     add("--skip-bad", action="store_true", help="leave out lines of FILE that cannot be read, and count them")
-    add("--processes", type=positive, metavar="N", help="stop unless N processes were started (see above)")
-    add(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that lies beside the weights (some families need it; read it first)",
-    )
-    command.set_defaults(run=run)
+    add_loading(command)
     return command
 
 
@@ -96,19 +82,8 @@ def run(args: argparse.Namespace) -> int:
     samples = choose(read, args.task, args.limit, args.seed)
     if not samples:
         raise ValueError(f"{args.samples}: none of its {len(read)} samples is for {args.task}")
-    device, first = join_processes(args.device, args.processes)  # first: every process has its own device
-
-    import torch
-
-    adapter = aia.load_adapter(
-        args.model,
-        family=args.family,
-        device=device,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        load_in_4bit=args.load_in_4bit,
-        trust_remote_code=args.trust_remote_code,
-        **({"draw": True, "seed": args.seed or 0} if args.draw else {}),
-    )
+    drawing = {"draw": True, "seed": args.seed or 0} if args.draw else {}
+    adapter, first = load(args, **drawing)
     result = aia.profile(
         adapter, samples, args.task, batch_size=args.batch_size, out=args.out, seed=args.seed or 0
     )
@@ -123,6 +98,38 @@ def run(args: argparse.Namespace) -> int:
     if read.n_skipped:
         print(f"{read.n_skipped} lines of {args.samples} could not be read:", *read.problems[:5], sep="\n  ")
     return 0
+
+
+def add_loading(command: argparse.ArgumentParser) -> None:
+    """The options of commands that load a model and may run as several processes: see `load`."""
+    add = command.add_argument
+    add("--family", help="the model's family, if its config does not tell")
+    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
+    add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
+    add("--processes", type=positive, metavar="N", help="stop unless N processes were started (see above)")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that lies beside the weights (some families need it; read it first)",
+    )
+
+
+def load(args: argparse.Namespace, **options: Any) -> tuple[Adapter, bool]:
+    """The model that was asked for, on this process' own device -> (adapter, is this the first process?)"""
+    from minimal_aia.models import load_adapter
+
+    device, first = join_processes(args.device, args.processes)
+    adapter = load_adapter(
+        args.model,
+        family=args.family,
+        device=device,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+        **options,
+    )
+    return adapter, first
 
 
 def report(result: Any, out: str | None, plot: str | None) -> str:

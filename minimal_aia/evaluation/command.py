@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minimal_aia.console import not_negative, positive
+from minimal_aia.console import add_command, not_negative, positive
 from minimal_aia.evaluation.generation import add_generation
 from minimal_aia.evaluation.imported import check_table, save_table
 from minimal_aia.evaluation.understanding import add_understanding
@@ -56,18 +56,13 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_lab(kinds: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = kinds.add_parser(
-        "lab",
-        help="the lab's own benchmark: answers, yes/no balance, drawings, interleaved check",
-        description=LAB_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "the lab's own benchmark: answers, yes/no balance, drawings, interleaved check"
+    command = add_command(kinds, "lab", run_lab, summary, LAB_HELP)
     add = command.add_argument
     add("models", nargs="+", metavar="MODEL", help="lab/unified, lab/janus, ..., or a lab training folder")
     add("--out", type=Path, metavar="FILE", help="the table, .csv or .parquet (default: only print it)")
     add("--items", type=positive, default=400, metavar="N", help="items a group (default 400)")
     add("--seed", type=not_negative, default=0, help="of the items and of sampling (default 0)")
-    command.set_defaults(run=run_lab)
     return command
 
 
@@ -97,12 +92,8 @@ def run_lab(args: argparse.Namespace) -> int:
 
 def add_report(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        "report",
-        help="one page about runs: scores, differences, curves, drawings, recipes",
-        description=REPORT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "one page about runs: scores, differences, curves, drawings, recipes"
+    command = add_command(commands, "report", run_report, summary, REPORT_HELP)
     add = command.add_argument
     add("runs", nargs="+", metavar="RUN", help="lab models or folders of runs; the first is compared with")
     add("--out", type=Path, required=True, metavar="FILE", help="the page, .html or .md")
@@ -110,7 +101,6 @@ def add_report(commands: Any) -> argparse.ArgumentParser:
     add("--samples", type=positive, default=6, metavar="N", help="prompts drawn side by side (default 6)")
     add("--seed", type=not_negative, default=0, help="of the items and of sampling (default 0)")
     add("--scores", type=Path, nargs="+", default=[], metavar="FILE", help="score tables, .csv or .parquet")
-    command.set_defaults(run=run_report)
     return command
 
 

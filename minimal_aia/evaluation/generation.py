@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimal_aia.console import a_device, not_negative, number, positive
+from minimal_aia.console import add_command, not_negative, number, positive
 from minimal_aia.evaluation.prompts import (
     Layout,
     Prompt,
@@ -22,7 +22,7 @@ from minimal_aia.evaluation.prompts import (
     save,
     write_whole,
 )
-from minimal_aia.profile_command import check_task, join_processes
+from minimal_aia.profile_command import add_loading, check_task, load
 
 if TYPE_CHECKING:
     from minimal_aia.models.base import Adapter
@@ -179,12 +179,8 @@ def _check_settings(
 
 def add_generation(kinds: Any) -> argparse.ArgumentParser:
     """Add `evaluate generation`."""
-    command: argparse.ArgumentParser = kinds.add_parser(
-        "generation",
-        help="draw the pictures of GenEval or DPG-Bench, ready for their scorers",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "draw the pictures of GenEval or DPG-Bench, ready for their scorers"
+    command = add_command(kinds, "generation", run, summary, HELP)
     add = command.add_argument
     add("--model", required=True, help="lab/unified, ..., a Janus or Emu3 folder, or a hub id")
     add(
@@ -202,54 +198,27 @@ def add_generation(kinds: Any) -> argparse.ArgumentParser:
         metavar="W",
         help="classifier-free guidance (default: Janus 5, Emu3 3, lab 1)",
     )
-    add(
-        "--temperature",
-        type=partial(number, above=True),
-        default=1.0,
-        metavar="T",
-        help="of sampling (default 1)",
-    )
+    above = partial(number, above=True)
+    add("--temperature", type=above, default=1.0, metavar="T", help="of sampling (default 1)")
     add("--top-k", type=positive, metavar="K", help="sample from the K likeliest (default: all; Emu3 2048)")
     add("--seed", type=not_negative, default=0, help="other pictures of the same prompts (default 0)")
     add("--batch-size", type=positive, default=16, metavar="N", help="pictures at a time (default 16)")
-    add("--family", help="the model's family, if its config does not tell")
-    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
-    add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
-    add("--processes", type=positive, metavar="N", help="stop unless N processes were started")
-    command.set_defaults(run=run)
+    add_loading(command)
     return command
 
 
 def run(args: argparse.Namespace) -> int:
-    from minimal_aia.models import load_adapter
-
     layout, prompts = read_prompts(args.prompts)
     check_images(layout, args.images)
     if args.out.is_file():
         raise ValueError(f"{args.out}: is a file; give a folder")
     check_task(args.model, args.family, "generation")
-    device, first = join_processes(args.device, args.processes)
-    adapter = load_adapter(
-        args.model, family=args.family, device=device, dtype=args.dtype, load_in_4bit=args.load_in_4bit
-    )
-    drawn = export(
-        adapter,
-        prompts,
-        layout,
-        args.out,
-        images=args.images,
-        seed=args.seed,
-        guidance=args.guidance,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        batch_size=args.batch_size,
-        limit=args.limit,
-    )
+    adapter, first = load(args)
+    names = ("images", "seed", "guidance", "temperature", "top_k", "batch_size", "limit")
+    drawn = export(adapter, prompts, layout, args.out, **{name: getattr(args, name) for name in names})
     if first:
-        print(
-            f"{drawn} pictures drawn here, {args.out} is complete\n{next_step(layout, args.out, args.images)}"
-        )
+        print(f"{drawn} pictures drawn here, {args.out} is complete")
+        print(next_step(layout, args.out, args.images))
     return 0
 
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minimal_aia.console import add_command
+from minimal_aia.evaluation.prompts import read_text
 from minimal_aia.profile_command import check_writable
 
 if TYPE_CHECKING:
@@ -153,9 +155,8 @@ def read_dpg(path: Path) -> Found:
 
 def read_lmms(path: Path) -> Found:
     """Every number of every task; the group is "overall", or the name of the task's filter of answers."""
-    text = "\n".join(line for _, line in _lines(path))
     try:
-        content = json.loads(text)
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     results = content.get("results") if isinstance(content, dict) else None
@@ -186,12 +187,8 @@ READERS: dict[str, Callable[[Path], Found]] = {
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, without blank ones at the end."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text") from None
-    lines = text.replace("\r\n", "\n").rstrip("\n").split("\n") if text.strip() else []
+    text = read_text(path)
+    lines = text.rstrip("\n").split("\n") if text.strip() else []
     return iter(enumerate(lines, 1))
 
 
@@ -217,19 +214,14 @@ Columns: model, task, metric, group, value, items, harness, version. Values keep
 
 def add_import_scores(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        "import-scores",
-        help="read GenEval's, DPG-Bench's and lmms-eval's result files",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "read GenEval's, DPG-Bench's and lmms-eval's result files"
+    command = add_command(commands, "import-scores", run, summary, HELP)
     add = command.add_argument
     add("files", nargs="+", metavar="FILE", help="result files")
     add("--model", help="what to call the model (default: what the file says)")
     add("--harness", choices=list(READERS), help="whose files they are (default: by .jsonl, .txt, .json)")
     add("--version", help="the harness's version or commit, to keep with the scores")
     add("--out", type=Path, metavar="FILE", help="the table, .csv or .parquet (default: only print it)")
-    command.set_defaults(run=run)
     return command
 
 

@@ -33,8 +33,9 @@ from minimal_aia.evaluation.subjects import Subject, lab_subject
 from minimal_aia.lab import images, metrics, models, scenes
 from minimal_aia.lab.scenes import Question, Scene
 from minimal_aia.lab.sequences import FIRST_CODE, Sequences, generation_tokens, pad, understanding_tokens
+from minimal_aia.paths import DATA
 
-FILE = Path(__file__).parents[2] / "data_samples" / "lab" / "interleaved.csv"
+FILE = DATA / "lab" / "interleaved.csv"
 FORMATS = ("own drawing", "one sequence", "clean picture")
 
 

@@ -51,8 +51,8 @@ def read_prompts(path: str | Path) -> tuple[Layout, list[Prompt]]:
             f"{path}: no such file; give GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt "
             "files"
         )
-    lines = _decode(path).rstrip("\n").split("\n")
-    return "geneval", [_geneval(line.rstrip("\r"), i, f"{path}:{i + 1}") for i, line in enumerate(lines)]
+    lines = read_text(path).rstrip("\n").split("\n")
+    return "geneval", [_geneval(line, i, f"{path}:{i + 1}") for i, line in enumerate(lines)]
 
 
 def _geneval(line: str, number: int, where: str) -> Prompt:
@@ -80,16 +80,17 @@ def _texts(path: Path) -> list[Prompt]:
     for file in files:
         if "." in file.stem:
             raise ValueError(f"{file}: DPG-Bench's scorer cuts names at the first dot; rename it")
-        text = _decode(file).strip()
+        text = read_text(file).strip()
         if not text:
             raise ValueError(f"{file}: the file is empty")
         prompts.append(Prompt(file.stem, text))
     return prompts
 
 
-def _decode(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file, whatever ends its lines. ValueError naming the line that is no UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 text") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import yaml
 from minimal_aia.console import nearest
 from minimal_aia.evaluation.subjects import LabModel, lab_subject
 from minimal_aia.lab import models
+from minimal_aia.models.tensor_files import read_json
 from minimal_aia.targets import TASKS
+from minimal_aia.train.callbacks import read_curves
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,17 @@ def read_runs(places: list[str]) -> list[Run]:
         if not lab and not (folder / "recipe.yaml").is_file():
             raise ValueError(f"{place}: neither a lab model (codebook.safetensors) nor a run (recipe.yaml)")
         subjects.append(lab_subject(place) if lab else None)
-    names = [_name(s, place) for s, place in zip(subjects, places, strict=True)]
-    labels = [
-        name if names.count(name) == 1 else f"{name} ({place})"
-        for name, place in zip(names, places, strict=True)
+    names = [
+        f"{subject.name}, seed {subject.seed}" if subject else Path(place).name
+        for subject, place in zip(subjects, places, strict=True)
     ]
+    labels = [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, places)]
     if len(set(labels)) < len(labels):
         raise ValueError("the same run is given twice")
     return [
-        Run(label, place, subject, _recipe(Path(place)), read_log(Path(place)), read_curves(Path(place)))
+        Run(label, place, subject, _recipe(Path(place)), _log(Path(place)), _curves(Path(place)))
         for label, place, subject in zip(labels, places, subjects, strict=True)
     ]
-
-
-def _name(subject: LabModel | None, place: str) -> str:
-    return f"{subject.name}, seed {subject.seed}" if subject else Path(place).name
 
 
 def _recipe(folder: Path) -> str:
@@ -65,32 +62,26 @@ def _recipe(folder: Path) -> str:
     if (folder / "recipe.yaml").is_file():
         return (folder / "recipe.yaml").read_text(encoding="utf-8")
     if (folder / "training.json").is_file():
-        facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "training.json")
         return yaml.safe_dump({k: v for k, v in facts.items() if k != "log"}, sort_keys=False)
     return ""
 
 
-def read_log(folder: Path) -> pd.DataFrame:
+def _log(folder: Path) -> pd.DataFrame:
     """Next-token loss on the way, of `lab.train` or of the newest checkpoint of `minimal-aia train`."""
-    rows: list[tuple[int, str, float]] = []
-    if (folder / "training.json").is_file():
-        entries = json.loads((folder / "training.json").read_text(encoding="utf-8"))["log"]
-        rows = [(e["step"], task, e[task]) for e in entries for task in TASKS if task in e]
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name[11:]))
-    if not rows and states:
-        entries = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
-        rows = [(e["step"], t, e[f"ntp/{t}"]) for e in entries for t in TASKS if f"ntp/{t}" in e]
+    entries, prefix = [], ""
+    if (folder / "training.json").is_file():
+        entries = read_json(folder / "training.json")["log"]
+    elif states:
+        entries, prefix = read_json(states[-1])["log_history"], "ntp/"
+    rows = [(e["step"], task, e[prefix + task]) for e in entries for task in TASKS if prefix + task in e]
     return pd.DataFrame(rows, columns=["step", "task", "loss"])
 
 
-def read_curves(folder: Path) -> pd.DataFrame:
+def _curves(folder: Path) -> pd.DataFrame:
     """The layer curves that the trainer measured on the way."""
-    rows = []
-    if (folder / "curves.jsonl").is_file():
-        for line in (folder / "curves.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            rows += [
-                (entry["step"], entry["task"], layer, value)
-                for layer, value in zip(entry["layers"], entry["curve"], strict=True)
-            ]
-    return pd.DataFrame(rows, columns=["step", "task", "layer", "intensity"])
+    entries = pd.DataFrame(read_curves(folder), columns=["step", "task", "layers", "curve"])
+    table = entries.explode(["layers", "curve"], ignore_index=True)
+    table.columns = pd.Index(["step", "task", "layer", "intensity"])
+    return table.astype({"layer": int, "intensity": float})

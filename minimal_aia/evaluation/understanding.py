@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimal_aia.console import a_device, positive
-from minimal_aia.profile_command import check_task, join_processes
+from minimal_aia.console import add_command, positive
+from minimal_aia.profile_command import add_loading, check_task, load
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,30 +175,20 @@ def check_tasks(tasks: Sequence[str], limit: int | None) -> None:
 
 def add_understanding(kinds: Any) -> argparse.ArgumentParser:
     """Add `evaluate understanding`."""
-    command: argparse.ArgumentParser = kinds.add_parser(
-        "understanding",
-        help="MME, POPE, MMMU, MMBench, MMVP, MM-Vet and others through lmms-eval",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "MME, POPE, MMMU, MMBench, MMVP, MM-Vet and others through lmms-eval"
+    command = add_command(kinds, "understanding", run, summary, HELP)
     add = command.add_argument
     add(
         "--model",
         required=True,
-        help="a model folder or hub id; lab/unified, ... for tasks in the lab's words",
+        help="a model folder or hub id; lab/unified, ... for tasks of lab words",
     )
     add("--tasks", required=True, metavar="A,B", help=f"of the paper: {', '.join(TASKS)}")
     add("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     add("--out", type=Path, metavar="FOLDER", help="keep results, answers and scores (default: print scores)")
     add("--batch-size", type=positive, default=8, metavar="N", help="questions at a time (default 8)")
     add("--include", type=Path, metavar="FOLDER", help="a folder with tasks of your own, .yaml")
-    add("--family", help="the model's family, if its config does not tell")
-    add("--device", type=a_device, help="cpu, cuda, cuda:1, mps (default: the GPU if there is one)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
-    add("--load-in-4bit", action="store_true", help="quantise while loading (needs a GPU and bitsandbytes)")
-    add("--processes", type=positive, metavar="N", help="stop unless N processes were started")
-    add("--trust-remote-code", action="store_true", help="run Python code that lies beside the weights")
-    command.set_defaults(run=run)
+    add_loading(command)
     return command
 
 
@@ -210,18 +200,7 @@ def run(args: argparse.Namespace) -> int:
     if args.include and not args.include.is_dir():
         raise ValueError(f"--include {args.include}: no such folder")
     check_task(args.model, args.family, "understanding")
-    device, _ = join_processes(args.device, args.processes)
-
-    from minimal_aia.models import load_adapter
-
-    adapter = load_adapter(
-        args.model,
-        family=args.family,
-        device=device,
-        dtype=args.dtype,
-        load_in_4bit=args.load_in_4bit,
-        trust_remote_code=args.trust_remote_code,
-    )
+    adapter, _ = load(args)
     table = evaluate_understanding(
         adapter, tasks, out=args.out, limit=args.limit, batch_size=args.batch_size, include=args.include
     )

@@ -130,14 +130,6 @@ class Adapter:
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
-        """Move (and cast) the model; None leaves as it is. Returns the adapter itself."""
-        if device is not None:
-            self.model.to(device)
-        if dtype is not None:
-            self.model.to(dtype)
-        return self
-
     def why_not(self, sample: Sample, task: str) -> str | None:
         """The reason this model cannot use `sample` for `task`; None if it can."""
         if task not in self.tasks:
@@ -218,11 +210,6 @@ class Adapter:
         [N, V] of them, and the labels [N], row by row.
         """
         raise AdapterError(f"{self.name}: training the {self.family} family is not supported")
-
-    def label_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] at the positions that predict a label, and the labels [N]; for short sequences."""
-        states, head, labels = self.label_states(batch)
-        return head(states), labels
 
     def spans(self, batch: Batch, definition: str = "paper") -> tuple[Tensor, Tensor]:
         """(query_mask, key_mask), bool [B, S]: "paper", or "predicting", with queries one to the left."""

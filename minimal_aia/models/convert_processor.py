@@ -52,12 +52,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def copy_files(source: Path, out: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Copy the small files of a checkpoint folder, byte for byte; returns their names."""
-    names = [name for name in FILES if name not in skip and (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, out / name)
-    return names
+def copy_files(source: Path, out: Path, skip: tuple[str, ...] = ()) -> None:
+    """Copy the small files of a checkpoint folder, byte for byte."""
+    for name in FILES:
+        if name not in skip and (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def has_processor(folder: Path, cls: str) -> bool:

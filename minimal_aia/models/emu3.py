@@ -7,7 +7,6 @@ each row of codes: the library puts one placeholder for each, and the model pred
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from minimal_aia.models.chat import ChatAdapter
 from minimal_aia.models.draw import Drawer
-from minimal_aia.models.text import Spans, shift_spans
+from minimal_aia.models.text import Spans
 from minimal_aia.pictures import PictureCodes, picture_size
 
 if TYPE_CHECKING:
@@ -72,23 +71,21 @@ class Emu3Adapter(ChatAdapter):
 
     def _with_codes(self, text: str, spans: Spans, sample: Sample) -> tuple[str, Spans, Tensor]:
         """A sample as its processor lays it out, with the spans and the codes [N] of all its pictures."""
-        pictures = self.codes_of(sample)
-        parts, token = self.processor, self.image_token
-        filled, offsets = parts.bos_token, []
-        for piece, picture in zip(text.split(token), [*pictures, None]):
-            filled += piece
-            if picture is not None:
-                made = (
-                    f"{parts.image_start_token}{picture.height}*{picture.width}{parts.fake_token_around_image}"
-                    f"{token * len(picture.codes)}{parts.eof_token}{parts.image_end_token}"
-                )
-                offsets.append((len(filled), len(filled) + len(made)))
-                filled += made
-        begins = [match.start() + len(parts.bos_token) for match in re.finditer(re.escape(token), text)]
-        replaced = [
-            {"span": (begin, begin + len(token)), "new_span": new} for begin, new in zip(begins, offsets)
+        parts, token, pictures = self.processor, self.image_token, self.codes_of(sample)
+        made = [
+            f"{parts.image_start_token}{picture.height}*{picture.width}{parts.fake_token_around_image}"
+            f"{token * len(picture.codes)}{parts.eof_token}{parts.image_end_token}"
+            for picture in pictures
         ]
-        return filled, shift_spans(spans, text, token, replaced), torch.cat([p.codes for p in pictures])
+        pieces = zip(text.split(token), [*made, ""], strict=True)
+        filled = parts.bos_token + "".join(piece + picture for piece, picture in pieces)
+        grown = [len(parts.bos_token), *(len(picture) - len(token) for picture in made)]
+
+        def moved(position: int) -> int:
+            return position + sum(grown[: text.count(token, 0, position) + 1])
+
+        codes = torch.cat([picture.codes for picture in pictures])
+        return filled, [(moved(begin), moved(end)) for begin, end in spans], codes
 
     def codes_of(self, sample: Sample) -> list[PictureCodes]:
         """A sample's pictures as codes: given, encoded here, or drawn for its prompt."""

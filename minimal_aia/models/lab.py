@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from minimal_aia.pictures import Picture
 
 CHECKPOINTS = DATA / "checkpoints"
-NAMES = ("unified", "janus", "mot", "generation", "understanding")
 
 
 class LabAdapter(Adapter):
@@ -172,30 +171,29 @@ def _picture(picture: Picture) -> np.ndarray | None:
     return np.asarray(image) if image.size == (IMAGE_SIZE, IMAGE_SIZE) else None
 
 
-def load_lab(name: str, **where: Any) -> LabAdapter:
+def load_lab(name: str, device: Any = None, dtype: torch.dtype | None = None) -> LabAdapter:
     """A shipped lab model by name, or any folder that `python -m minimal_aia.lab.train` wrote.
 
     name: "unified", "janus", "mot", "generation", "understanding" (with or without "lab/"), or a folder.
-    where: `device`, `dtype` as for `load_adapter`.
+    device, dtype: as for `load_adapter`, but the CPU is the default.
     """
     from minimal_aia.lab import models
 
     short = str(name).removeprefix("lab/")
-    folder = CHECKPOINTS / short if short in NAMES else Path(name)
-    if short not in NAMES and not folder.is_dir():
-        close = nearest(str(name), (f"lab/{known}" for known in NAMES))
+    folder = CHECKPOINTS / short if short in models.NAMES else Path(name)
+    if short not in models.NAMES and not folder.is_dir():
+        close = nearest(str(name), (f"lab/{known}" for known in models.NAMES))
         raise AdapterError(
-            f"there is no lab model {name!r}: one of {', '.join(NAMES)}, or a training folder{close}"
+            f"there is no lab model {name!r}: one of {', '.join(models.NAMES)}, or a training folder{close}"
         )
     if not (folder / "config.json").is_file():
         raise AdapterError(
             f"{folder}: no lab model there; "
-            + (how_to_get() if short in NAMES else "`python -m minimal_aia.lab.train` makes one")
+            + (how_to_get() if short in models.NAMES else "`python -m minimal_aia.lab.train` makes one")
         )
     model: Any
     model, codebook = models.load(folder)
-    device, dtype = where.get("device"), where.get("dtype")
-    model.to(device=device, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    kind = short if short in NAMES else folder.name.split("-seed")[0]
+    model.to(device=device, dtype=dtype)
+    kind = short if short in models.NAMES else folder.name.split("-seed")[0]
     tasks = models.TASKS.get(kind, ("generation", "understanding"))
-    return LabAdapter(f"lab/{short}" if short in NAMES else folder.name, model, codebook, tasks)
+    return LabAdapter(f"lab/{short}" if short in models.NAMES else folder.name, model, codebook, tasks)

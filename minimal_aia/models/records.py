@@ -73,10 +73,6 @@ class StepRecord:
         """`[L, B]`: the mean over heads."""
         return self.per_head.mean(-1)
 
-    @property
-    def n_empty(self) -> int:
-        return int((~(self.query_mask.any(-1) & self.key_mask.any(-1))).sum())
-
 
 @contextmanager
 def capture_sdpa(

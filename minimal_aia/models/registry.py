@@ -158,8 +158,8 @@ def load_adapter(
                 f"{name}: is a lab model, small and of one family: leave out family and load_in_4bit"
             )
         lab = importlib.import_module("minimal_aia.models.lab")
-        adapter: Adapter = lab.load_lab(name)
-        return adapter.to(device, dtype)
+        adapter: Adapter = lab.load_lab(name, device, dtype)
+        return adapter
     row = find_family(name, read_types(name), family)
     require(row.package, name)
     if row.remote_code and not trust_remote_code:
