@@ -16,6 +16,7 @@ import wrong_cases
 import wrong_files
 
 from minimal_aia.cli import main
+from minimal_aia.paths import DATA
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +100,12 @@ def start(argv: list[str], folder: Path, until: str) -> subprocess.Popen:
     )
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    said, end = b"", time.monotonic() + 120
-    while until not in said.decode(errors="replace") and time.monotonic() < end:
+    said, end = b"", time.monotonic() + 300
+    while until not in said.decode(errors="replace"):
         time.sleep(0.02)
         said += process.stdout.read() or b""
         assert process.poll() is None, said.decode()
+        assert time.monotonic() < end
     os.set_blocking(process.stdout.fileno(), True)
     return process
 
@@ -112,19 +114,10 @@ def start(argv: list[str], folder: Path, until: str) -> subprocess.Popen:
 def test_a_command_that_is_interrupted_ends_in_one_line_and_keeps_what_is_done(
     command, times, files, tmp_path
 ):
-    line = '{{"image": "a picture.png", "conversations": [{{"from": "human", "value": "<image>\\nq {}"}}, '
-    line += '{{"from": "gpt", "value": "yes"}}]}}\n'
-    (files / "long.jsonl").write_text("".join(line.format(i) for i in range(600)))
     if command == "profile":
-        argv = [
-            *wrong_cases.PROFILE.split(),
-            "long.jsonl",
-            "--batch-size",
-            "1",
-            "--out",
-            str(tmp_path / "out.csv"),
-        ]
-        process = start(argv, files, until=" 3/600 ")
+        samples = [str(DATA / "understanding.jsonl"), "--batch-size", "1"]
+        argv = [*wrong_cases.PROFILE.split(), *samples, "--out", str(tmp_path / "out.csv")]
+        process = start(argv, files, until=" 3/")
     else:
         process = start(
             ["train", "good.yaml", "--max-steps", "5000", "--output-dir", str(tmp_path)],
