@@ -18,6 +18,7 @@ COPIED = (
     "data_samples/published/README.md",
     "data_samples/checkpoints/MODEL_CARD.md",
     "data_samples/lab/curves.png",
+    "data_samples/results/headline.png",
     "docs/pictures/00_start_here.png",
 )
 

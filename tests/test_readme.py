@@ -7,6 +7,7 @@ from minimal_aia.models import support_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PICTURES = [a or b for a, b in re.findall(r'!\[[^]]*\]\(([^)]+)\)|<img src="([^"]+)"', README)]
 
 
 def test_the_table_of_models_is_the_registry_s():
@@ -18,7 +19,13 @@ def test_the_table_of_models_is_the_registry_s():
 def test_every_relative_link_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links + PICTURES if not (ROOT / link).exists()] == []
+
+
+def test_the_documentation_has_every_picture_of_readme():
+    copied = (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8")
+    assert len(PICTURES) >= 3
+    assert [picture for picture in PICTURES if f'"{picture}"' not in copied] == []
 
 
 def test_every_make_target_that_readme_names_exists():
