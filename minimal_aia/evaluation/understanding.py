@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import json
 import os
@@ -12,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimal_aia.console import add_command, positive
+from minimal_aia.console import add_command, nearest, positive
 from minimal_aia.profile_command import add_loading, check_task, load
 
 if TYPE_CHECKING:
@@ -93,8 +92,7 @@ def evaluate_understanding(
     names = [TASKS.get(task, task) for task in tasks]
     for name in names:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, [*TASKS, *manager.all_tasks], 3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = nearest(name, [*TASKS, *manager.all_tasks])
             raise ValueError(f"lmms-eval {version('lmms-eval')} has no task {name!r}{hint}")
     try:
         results = simple_evaluate(
