@@ -20,7 +20,15 @@ def as_curves(source: Any) -> pd.DataFrame:
     if isinstance(source, (list, tuple)):
         if not source:
             raise ValueError("no curves given: an empty list")
-        return pd.concat([as_curves(item) for item in source], ignore_index=True)
+        curves = pd.concat([as_curves(item) for item in source], ignore_index=True)
+        twice = curves[curves.duplicated(["label", "task", "layer"])]
+        if len(twice):
+            label, task = twice.iloc[0][["label", "task"]]
+            raise ValueError(
+                f"two {task} curves are called {label!r}: rename one, as in "
+                "profile.curve().assign(model='after')"
+            )
+        return curves
     if hasattr(source, "curve") and hasattr(source, "table"):
         source = source.curve()
     if not isinstance(source, pd.DataFrame):

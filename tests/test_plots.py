@@ -201,6 +201,7 @@ def test_as_curves_accepts_what_users_have_and_names_what_it_cannot(profiles, fr
         (pd.concat([frame, frame]), ValueError, "two values for layer"),
         (3.0, TypeError, "got float"),
         ([], ValueError, "empty list"),
+        ([profiles[0], profiles[0].curve()], ValueError, "two generation curves are called 'fake/tiny'"),
     ]:
         with pytest.raises(error, match=message):
             as_curves(bad)
