@@ -18,6 +18,7 @@ from minimal_aia import course
 from minimal_aia.data import read_samples
 from minimal_aia.evaluation.imported import import_scores
 from minimal_aia.evaluation.prompts import read_prompts
+from minimal_aia.lab.sweep import read_sweep
 from minimal_aia.models.tensor_files import read_json
 from minimal_aia.targets import StageTargets
 from minimal_aia.train.config import layer_subset
@@ -34,6 +35,7 @@ SAMPLE = json.dumps(wrong_files.GENERATION) + "\n"
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "recipe.yaml": (wrong_files.RECIPE, read_recipe),
     "stages.yaml": (wrong_files.STAGES, StageTargets.load),
+    "sweep.yaml": (wrong_files.SWEEP, read_sweep),
     "accelerate.yaml": (ACCELERATE, read_layout),
     "samples.jsonl": (SAMPLE, read_samples),
     "samples.json": (f"[{SAMPLE}]", read_samples),

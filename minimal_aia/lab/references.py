@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from minimal_aia.capture import capture
+from minimal_aia.console import nearest
 from minimal_aia.lab import models
 from minimal_aia.lab.sequences import QUESTIONS_PER_PICTURE, draw_batch
 from minimal_aia.lab.spans import spans
@@ -102,7 +103,12 @@ def lab_targets(spec: str = "lab", definition: str = "paper") -> StageTargets:
     elif kind.isdigit():
         n_stages = int(kind)
     elif kind not in ("", "wrong", "janus", "mot", "single"):
-        raise ValueError(f"unknown lab targets {spec!r}: see lab_targets")
+        close = nearest(
+            spec, (f"lab-{name}" for name in ("raw", "wrong", "janus", "mot", "single", "constant"))
+        )
+        raise ValueError(
+            f"unknown lab targets {spec!r}: lab, lab-raw, lab-wrong, lab-janus, lab-2, ...{close}"
+        )
     return StageTargets.from_curve(**curve, n_stages=n_stages, delta=DELTA, name=spec)
 
 

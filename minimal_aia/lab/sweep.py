@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from minimal_aia.train.config import TrainConfig
+from minimal_aia.console import nearest
+from minimal_aia.train.config import TrainConfig, layer_subset
+from minimal_aia.train.recipe import check, parse_value, types
 
 KEYS = ("name", "question", "base", "seeds", "baseline", "arms")
 ITEMS = (
@@ -70,36 +73,61 @@ class Sweep:
 
 def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep file; ValueError names the file, the arm and the key."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such sweep file (see recipes/ablations/)")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _sweep(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _sweep(data: Any) -> Sweep:
     if not isinstance(data, dict) or set(data) - {"items"} != set(KEYS):
-        raise ValueError(f"{path}: a sweep file has the keys {', '.join(KEYS)}, and items if it wants")
-    arms, base, seeds = data["arms"], data["base"] or {}, data["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
-        raise ValueError(f"{path}: seeds must be a list of whole numbers")
-    if not isinstance(arms, dict) or data["baseline"] not in arms:
-        raise ValueError(f"{path}: the baseline {data['baseline']!r} is none of the arms")
+        raise ValueError(f"a sweep file has the keys {', '.join(KEYS)}, and items if it wants")
+    arms, base, items = data["arms"], data["base"] or {}, data.get("items", ITEMS)
+    if not isinstance(items, int) or items < 1:
+        raise ValueError(f"items is {items!r}: expected a whole number from 1 on")
+    if not isinstance(arms, dict):
+        raise ValueError("arms: expected lines of `arm: {key: value}`")
     if odd := [arm for arm in arms if not isinstance(arm, str)]:
-        raise ValueError(
-            f"{path}: arm {odd[0]!r} is no text: quote it (YAML has its own idea of on, off and 1)"
-        )
-    known = {field.name for field in fields(TrainConfig)}
+        raise ValueError(f"arm {odd[0]!r} is no text: quote it (YAML has its own idea of on, off and 1)")
+    if data["baseline"] not in list(arms):
+        close = nearest(str(data["baseline"]), arms)
+        raise ValueError(f"the baseline {data['baseline']!r} is none of the arms{close}")
     runs = []
     for arm, changes in arms.items():
+        for name, part in (("base", base), (f"arm {arm!r}", changes or {})):
+            if not isinstance(part, dict):
+                raise ValueError(f"{name}: expected {{key: value}}")
         settings = {**base, **(changes or {})}
-        mine = settings.pop("seeds", seeds)
-        if unknown := set(settings) - known:
-            raise ValueError(f"{path}: arm {arm!r}: unknown key {', '.join(sorted(unknown))}")
-        for seed in mine:
+        seeds = settings.pop("seeds", data["seeds"])
+        if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+            raise ValueError(f"arm {arm!r}: seeds must be a list of whole numbers")
+        for seed in seeds:
             filled = {
                 k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in settings.items()
             }
-            runs.append(
-                Run(data["name"], arm, TrainConfig(**{**filled, "seed": seed}), data.get("items", ITEMS))
-            )
-    return Sweep(data["name"], data["question"], data["baseline"], tuple(runs))
+            try:
+                config = TrainConfig(**{**{k: _value(k, v) for k, v in filled.items()}, "seed": seed})
+                check(config)
+            except ValueError as error:
+                raise ValueError(f"arm {arm!r}: {error}") from None
+            runs.append(Run(str(data["name"]), arm, config, items))
+    return Sweep(str(data["name"]), str(data["question"]), data["baseline"], tuple(runs))
+
+
+def _value(key: Any, value: Any) -> Any:
+    """A value as YAML read it, if it is one of its key's type. It stays as it is: runs are named after it."""
+    if key not in types():
+        raise ValueError(f"unknown key {key!r}{nearest(str(key), types())}")
+    if isinstance(value, dict | list):
+        raise ValueError(f"{key}: expected one value, not a list or a mapping")
+    if key == "max_steps" and value == 0:
+        return value  # the start as it is: measured, not trained
+    parsed = parse_value(key, str(value))
+    return parsed if isinstance(value, str) else value  # "1e-3" is text to YAML
 
 
 def measure(run: Run, progress: bool = False, device: str = "cpu") -> dict[str, pd.DataFrame]:
@@ -165,22 +193,34 @@ def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1, device: str = "cpu") 
     missing = {run.key(): run for sweep in sweeps for run in sweep.runs if not run.done(out)}
     check_models(list(missing.values()))
     with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)
+        ) as pool,
         tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
     ):
         waiting = {pool.submit(_work, (run, out, device)): run for run in missing.values()}
-        for done in as_completed(waiting):
-            if done.exception():  # finish what runs, start nothing more
-                pool.shutdown(cancel_futures=True)
-            done.result()
-            run = waiting[done]
-            bar.set_postfix_str(f"{run.sweep}: {run.arm}, seed {run.config.seed}")
-            bar.update()
+        try:
+            for done in as_completed(waiting):
+                done.result()
+                run = waiting[done]
+                bar.set_postfix_str(f"{run.sweep}: {run.arm}, seed {run.config.seed}")
+                bar.update()
+        except BaseException:  # also ^C: finish what runs, start nothing more
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def check_models(runs: list[Run]) -> None:
-    """ValueError before any work if a run starts from a folder that is not there."""
-    wanted = {run.config.model for run in runs if not run.config.model.startswith("lab/")}
+    """ValueError before any work if a model, targets or layers that a run names are not there."""
+    from minimal_aia.lab.models import NAMES
+    from minimal_aia.lab.references import lab_targets
+
+    shipped = {f"lab/{name}" for name in NAMES}
+    for config in (run.config for run in runs):
+        if config.model.startswith("lab/") and config.model not in shipped:
+            raise ValueError(f"there is no lab model {config.model!r}{nearest(config.model, shipped)}")
+        layer_subset(config.aia_layers, lab_targets(config.targets, config.spans).n_layers)
+    wanted = {run.config.model for run in runs if run.config.model not in shipped}
     if lost := sorted(name for name in wanted if not (Path(name) / "config.json").is_file()):
         raise ValueError(
             f"{len(lost)} starting checkpoints are missing, the first is {lost[0]}: "
