@@ -46,7 +46,10 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="these scripts")
     command.add_argument("--table", action="store_true", help="print the table of stored files, run nothing")
     command.add_argument(
-        "--device", type=a_device, default="cpu", help="cpu, or cuda: the training step at Janus-Pro-1B's shape in bf16"
+        "--device",
+        type=a_device,
+        default="cpu",
+        help="cpu, or cuda: the training step at Janus-Pro-1B's shape in bf16",
     )
     command.set_defaults(run=_bench)
     return command
