@@ -73,7 +73,7 @@ def test_codes_workers_and_a_resume_change_nothing(config, tmp_path):
     codes = replace(
         config,
         output_dir=str(tmp_path / "codes"),
-        codes=str(Path(config.model).parent / "codes"),
+        codes=str(Path(config.generation_data).parent / "codes"),
         dataloader_num_workers=1,
     )
     sft.run(codes)
