@@ -144,7 +144,8 @@ def figure(curves: pd.DataFrame) -> Figure:
             ax.plot(mean.index + 1, mean.uniform, lw=1, color=plots.COLOURS[task], linestyle=":")
         plots.finish(ax, "layer", titles[name])
         ax.set_ylabel("intensity $I_l$" if ax is axes[0][0] else "")
-    axes[0][0].legend(loc="best")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     return fig
 
 
