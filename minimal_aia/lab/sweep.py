@@ -188,7 +188,7 @@ def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1, device: str = "cpu") 
     """Do every run that is missing, in order of the files, `jobs` at a time."""
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("*.tmp"):  # of a killed sweep; another one may be at work on the same folder
-        if not psutil.pid_exists(int(left.name.split(".")[1])):
+        if not _at_work(int(left.name.split(".")[1])):
             shutil.rmtree(left, ignore_errors=True)
     missing = {run.key(): run for sweep in sweeps for run in sweep.runs if not run.done(out)}
     check_models(list(missing.values()))
@@ -208,6 +208,13 @@ def run_all(sweeps: list[Sweep], out: Path, jobs: int = 1, device: str = "cpu") 
         except BaseException:  # also ^C: finish what runs, start nothing more
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _at_work(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def check_models(runs: list[Run]) -> None:
@@ -245,6 +252,8 @@ def table(sweeps: list[Sweep], out: Path, name: str = "metrics") -> pd.DataFrame
         frame = pd.read_csv(folder / f"{name}.csv")
         head: dict[str, Any] = {"sweep": run.sweep, "arm": run.arm, "seed": run.config.seed}
         frames.append(pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1))
+    if not frames and name == "log":
+        return pd.DataFrame(columns=["sweep", "arm", "seed", "step"])
     if not frames:
         raise ValueError(f"no finished run in {out}")
     return pd.concat(frames, ignore_index=True)

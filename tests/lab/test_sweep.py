@@ -52,7 +52,7 @@ def test_every_recipe_is_read_and_has_its_baseline(path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": {"without": {"aia_wieght": 0}}}, "arm 'without': unknown key aia_wieght"),
+        ({"arms": {"without": {"aia_wieght": 0}}}, "arm 'without': unknown key 'aia_wieght'; did you mean"),
         ({"baseline": "none"}, "the baseline 'none' is none of the arms"),
         ({"seeds": "0-4"}, "seeds must be a list"),
         ({"arms": {True: {}, "without": {}}}, "arm True is no text: quote it"),
