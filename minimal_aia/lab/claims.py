@@ -6,13 +6,13 @@ use the curves of all trained lab models, (c) the shipped models on the samples,
 
 from __future__ import annotations
 
-import argparse
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from minimal_aia.console import Parser, start
 from minimal_aia.lab.references import reference_curve
 from minimal_aia.lab.sweep_report import compare, per_run
 from minimal_aia.paths import DATA
@@ -166,9 +166,7 @@ def overview(comparisons: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minimal_aia.lab.claims", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m minimal_aia.lab.claims", description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the stored verdicts, compute nothing")
     args = parser.parse_args(argv)
     file = DATA / "results" / "claims.csv"
@@ -181,4 +179,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.lab.claims", main)

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
+from minimal_aia.console import start
 from minimal_aia.paths import DATA
 from minimal_aia.stats import mean_interval
 from minimal_aia.targets import TASKS
@@ -94,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.lab.decoupling", main)

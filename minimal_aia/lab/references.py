@@ -7,7 +7,6 @@ The targets are cut from the mean over the seeds of a task-specific model: one l
 
 from __future__ import annotations
 
-import argparse
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minimal_aia.capture import capture
-from minimal_aia.console import nearest
+from minimal_aia.console import Parser, nearest, start
 from minimal_aia.lab import models
 from minimal_aia.lab.sequences import QUESTIONS_PER_PICTURE, draw_batch
 from minimal_aia.lab.spans import spans
@@ -113,9 +112,7 @@ def lab_targets(spec: str = "lab", definition: str = "paper") -> StageTargets:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minimal_aia.lab.references", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m minimal_aia.lab.references", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="folder of MODEL-seedN runs")
     parser.add_argument("--again", action="store_true", help="measure runs anew that the table already has")
     args = parser.parse_args(argv)
@@ -144,4 +141,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.lab.references", main)

@@ -6,7 +6,6 @@ curves of all seeds become tables in `data_samples/lab/`; the model card is writ
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import shutil
@@ -20,6 +19,7 @@ import transformers
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from minimal_aia.console import Parser, start
 from minimal_aia.lab import images, metrics, models, vq
 from minimal_aia.stats import mean_interval
 
@@ -75,9 +75,7 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minimal_aia.lab.release", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(prog="python -m minimal_aia.lab.release", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"), help="folder of MODEL-seedN runs")
     parser.add_argument("--out", type=Path, default=Path("data_samples"))
     args = parser.parse_args(argv)
@@ -177,4 +175,4 @@ def card(scores: pd.DataFrame, costs: pd.DataFrame, runs: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.lab.release", main)

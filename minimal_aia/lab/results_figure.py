@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from minimal_aia import plots
+from minimal_aia.console import start
 from minimal_aia.lab.references import lab_targets, reference_curve
 from minimal_aia.lab.sweep_report import per_run
 from minimal_aia.paths import DATA
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start("python -m minimal_aia.lab.results_figure", main)
