@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -81,6 +82,13 @@ def test_lock_is_what_is_installed():
     """Stored outputs and this test run come from the same versions (+cpu is the same release)."""
     differ = {n: metadata.version(n) for n in LOCK if Version(metadata.version(n)).public != LOCK[n]}
     assert not differ, f"installed differs from requirements.lock: {differ}"
+
+
+def test_every_pin_installs_on_the_first_python_that_we_promise():
+    """A later 3.11 hides it: Debian 12 has 3.11.2, and pip there refuses what asks for 3.11.5."""
+    for name in LOCK:
+        asked = metadata.metadata(name)["Requires-Python"] or ""
+        assert SpecifierSet(asked).contains("3.11.0"), f"{name} {LOCK[name]} needs Python {asked}"
 
 
 def _needs(name: str, extras: frozenset[str] = frozenset()) -> list[Requirement]:
