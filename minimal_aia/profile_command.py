@@ -117,7 +117,7 @@ def add_loading(command: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace, **options: Any) -> tuple[Adapter, bool]:
     """The model that was asked for, on this process' own device -> (adapter, is this the first process?)"""
-    from minimal_aia.models import load_adapter
+    from minimal_aia import load_adapter
 
     device, first = join_processes(args.device, args.processes)
     adapter = load_adapter(

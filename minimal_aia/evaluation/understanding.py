@@ -150,11 +150,6 @@ def _plain(value: Any) -> Any:
 
 def check_tasks(tasks: Sequence[str], limit: int | None) -> None:
     """What can be known before a model is loaded. ImportError, ValueError."""
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise ImportError(
-            'lmms-eval is not installed: pip install "minimal-aia[eval]", or without torchvision and what '
-            "its other models need: pip install --no-deps -r tests/evaluation/requirements.txt"
-        )
     names = {TASKS.get(task, task) for task in tasks}
     if not names or "" in names:
         raise ValueError(f"no task given; the paper's are {', '.join(TASKS)}")
@@ -168,6 +163,11 @@ def check_tasks(tasks: Sequence[str], limit: int | None) -> None:
         raise ValueError(
             "MM-Vet's answers are graded by an LLM, over the network and for money: set OPENAI_API_KEY and "
             "MODEL_VERSION (the grader, to be reported with the score), or leave mm-vet out"
+        )
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ImportError(
+            'lmms-eval is not installed: pip install "minimal-aia[eval]", or without torchvision and what '
+            "its other models need: pip install --no-deps -r tests/evaluation/requirements.txt"
         )
 
 
@@ -191,12 +191,12 @@ def add_understanding(kinds: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    tasks = [task.strip() for task in args.tasks.split(",")]
-    check_tasks(tasks, args.limit)
     if args.out and args.out.is_file():
         raise ValueError(f"{args.out}: is a file; give a folder")
     if args.include and not args.include.is_dir():
         raise ValueError(f"--include {args.include}: no such folder")
+    tasks = [task.strip() for task in args.tasks.split(",")]
+    check_tasks(tasks, args.limit)
     check_task(args.model, args.family, "understanding")
     adapter, _ = load(args)
     table = evaluate_understanding(

@@ -123,7 +123,13 @@ def read_layout(path: str | Path, world: int | None = None) -> Layout:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a configuration of accelerate ({reason})") from None
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
-    world = world or max(1, config.num_processes)
+    asked = 1 if config.num_processes is None else config.num_processes
+    if not isinstance(asked, int):
+        raise ValueError(f"{path}: num_processes is {asked!r}, not a whole number")
+    for name in ("fsdp_config", "parallelism_config", "deepspeed_config"):
+        if not isinstance(getattr(config, name), dict):
+            raise ValueError(f"{path}: {name}: expected lines of `key: value`")
+    world = world or max(1, asked)
     if kind == "DEEPSPEED":
         stage = _zero_stage(Path(path), config.deepspeed_config)
         if stage != 3:

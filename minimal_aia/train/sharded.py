@@ -13,6 +13,7 @@ import importlib.util
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,17 @@ _KNOWN = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """How pickles of Python 3.11.0 to 3.11.3 name a member of an enumeration; nothing else is got."""
+    if isinstance(kind, EnumMeta):
+        return kind[name]
+    raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r})")
+
+
 class _ListOfTensors(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _KNOWN.get(module, ()):
             return super().find_class(module, name)

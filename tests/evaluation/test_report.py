@@ -255,7 +255,7 @@ def test_a_run_of_another_family_is_shown_without_lab_scores(tmp_path):
     ],
 )
 def test_errors_come_before_work_and_on_one_line(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("work had begun"))
+    monkeypatch.setattr(module, "everything", lambda *_: pytest.fail("work had begun"))
     assert main(["report", *arguments, "--out", str(tmp_path / "r.html")]) == 2
     error = capsys.readouterr().err
     assert message in error

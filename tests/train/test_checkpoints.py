@@ -190,7 +190,7 @@ def test_all_bytes_are_on_the_disk_before_the_name_is_given(tmp_path, monkeypatc
     write(tmp_path, 4)
     staged = tmp_path / ck.STAGING / "checkpoint-4"
     before = events[: events.index("rename")]
-    for name in (*FILES, "manifest.json", "optimizer", ""):
+    for name in (*FILES, ".manifest.json", "optimizer", ""):  # the manifest is written aside, then named
         assert str(staged / name) in before, name
     assert events[-1] == str(tmp_path)  # and then the name itself
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from real_models import checkpoint, module
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as FORMATS
 from transformers import JanusForConditionalGeneration
 from worlds import run_script
 
@@ -20,7 +21,7 @@ from minimal_aia.cli import main
 from minimal_aia.models import load_adapter
 from minimal_aia.models.tensor_files import load_tensors
 from minimal_aia.train import checkpoints as ck
-from minimal_aia.train import sft
+from minimal_aia.train import sft, sharded
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.export import export
 
@@ -92,12 +93,25 @@ def test_a_missing_shard_is_said(shards, base, tmp_path):
         export(broken, tmp_path / "out", base=str(base))
 
 
+def test_members_of_enumerations_are_read_as_early_python_311_writes_them():
+    assert sharded._member(FORMATS, FORMATS.TORCH_PRESERVE_FORMAT.name) is FORMATS.TORCH_PRESERVE_FORMAT
+    with pytest.raises(pickle.UnpicklingError):
+        sharded._member(torch.Size, "mro")
+
+
 class Attack:
     def __reduce__(self):
         return (Path.touch, (Path("attacked"),))
 
 
-@pytest.mark.parametrize("content", [Attack(), torch.nn.Linear(1, 1), {"a": 1}, None])
+class Reach:
+    """`getattr`, which early Python 3.11 uses to name members of enumerations, on something else."""
+
+    def __reduce__(self):
+        return (getattr, (torch.Size, "mro"))
+
+
+@pytest.mark.parametrize("content", [Attack(), Reach(), torch.nn.Linear(1, 1), {"a": 1}, None])
 def test_a_list_of_tensors_that_is_more_is_refused(base, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "dcp"
