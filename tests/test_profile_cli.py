@@ -95,14 +95,12 @@ def test_without_out_the_curve_is_printed(samples, loaded, tmp_path, capsys):
 def test_options_reach_the_loader(samples, loaded):
     options = "--family janus --device cpu --dtype bfloat16 --load-in-4bit --trust-remote-code".split()
     assert main(arguments(samples, *options)) == 0
-    import torch
-
     assert loaded[0][:2] == (
         "lab/unified",
         {
             "family": "janus",
             "device": "cpu",
-            "dtype": torch.bfloat16,
+            "dtype": "bfloat16",
             "load_in_4bit": True,
             "trust_remote_code": True,
         },
