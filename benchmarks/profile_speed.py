@@ -86,6 +86,8 @@ def main() -> None:
     adapter = aia.load_adapter("lab/unified", device="cpu")
     passes = Counted(adapter.model.model)
     samples = [s for s in aia.read_samples(args.samples) if adapter.why_not(s, "generation") is None]
+    aia.profile(adapter, samples[:2], "generation", progress=False)  # warm-up: what is imported at first use
+    decode(adapter, samples[:1])
     runs: dict[str, list[dict[str, float]]] = {"profile": [], "decode": []}
     for _ in range(args.repeats):
         adapter._lengths.clear()  # what a fresh run has to do too

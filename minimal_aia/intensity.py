@@ -77,15 +77,16 @@ def attention_with_intensity(
     (`benchmarks/intensity_methods.py`: 4 heads of 128, 4 096 tokens, fp32, causal, one CPU thread):
 
         method                                           generation   understanding
-        indicator columns (this function)                      1.08            1.10
-        a second call, over the marked rows only               2.86            1.11
-        exp(q.k - log-sum-exp), own backward                   1.59            1.06
+        indicator columns (this function)                      1.05            1.12
+        a second call, over the marked rows only               2.83            1.13
+        exp(q.k - log-sum-exp), own backward                   1.72            1.12
 
     In generation nearly all rows are marked, so there is little to leave out; and log-sum-exp gradients need
     private kernels, one set a device.
-    The floor of the first row is 136/128, 1.06: both products are eight columns wider, and nothing else is
-    read or written but the mass. FlexAttention, whose log-sum-exp has a gradient on a GPU, has no backward on
-    a CPU (PyTorch 2.13 refuses). No route has been measured on a GPU; a kernel over the marked rows is open.
+    The floor of the first row is 136/128, 1.06 (less is noise): both products are eight columns wider, and
+    nothing else is read or written but the mass. FlexAttention, whose log-sum-exp has a gradient on a GPU,
+    has no backward on a CPU (PyTorch 2.13 refuses). No route has been measured on a GPU; a kernel over the
+    marked rows is open.
 
     Args:
         q: `[B, H, Q, D]`.
