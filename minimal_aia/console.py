@@ -57,11 +57,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, text: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    text: str,
+    abbreviations: bool = True,
 ) -> argparse.ArgumentParser:
-    """A sub-command: its line in the list of commands, and its `--help` text with its lines as they are."""
+    """A sub-command: its line in the list of commands, and its `--help` text with its lines as they are.
+
+    abbreviations: take `--lim` for `--limit`. Not for a run of days, which must not hang on a guess.
+    """
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=summary,
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=abbreviations,
     )
     command.set_defaults(run=run)
     return command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minimal_aia.console import number
+from minimal_aia.console import add_command, number
 
 HELP = """\
 Turn an original Janus or Janus-Pro checkpoint into a Hugging Face folder, or back. Files are mapped, not
@@ -31,12 +31,8 @@ training, the tensors that only the original layout has are taken from --leftove
 
 def add_convert(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        help="original Janus checkpoints to Hugging Face's layout, and back",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "original Janus checkpoints to Hugging Face's layout, and back"
+    command = add_command(commands, "convert", run, summary, HELP)
     add = command.add_argument
     add("source", metavar="SRC", help="a folder, or a file with a state dict (.pth, .safetensors)")
     add("out", metavar="OUT", help="a new folder; with --to-original also a new .pth file")
@@ -44,7 +40,6 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     add("--to-original", action="store_true", help="SRC is a Hugging Face folder; write DeepSeek's layout")
     add("--leftovers", metavar="PATH", help="with --to-original: where the tensors only the original has are")
     add("--shard-size", type=_gigabytes, default=4 * 10**9, metavar="GB", help="of a weight file (default 4)")
-    command.set_defaults(run=run)
     return command
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minimal_aia.console import a_device, not_negative, positive
+from minimal_aia.console import a_device, add_command, not_negative, positive
 from minimal_aia.profile_command import join_processes
 from minimal_aia.train.config import TrainConfig
 from minimal_aia.train.recipe import add_options, recipe_of
@@ -64,20 +64,26 @@ peft) and DeepSpeed ZeRO (needs DeepSpeed, gives float32: add --dtype)."""
 
 def add_train(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command = _command(commands, "train", "fine-tune a model on both tasks with the AIA loss", TRAIN)
+    command = add_command(
+        commands,
+        "train",
+        train,
+        "fine-tune a model on both tasks with the AIA loss",
+        TRAIN,
+        abbreviations=False,
+    )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/")
     command.add_argument(
         "--dry-run", action="store_true", help="show plan, data and first batch; train nothing"
     )
     add_options(command)
-    command.set_defaults(run=train)
     return command
 
 
 def add_check_data(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
     line = "report what is bad in a recipe's data, lengths, padding"
-    command = _command(commands, "check-data", line, CHECK)
+    command = add_command(commands, "check-data", check, line, CHECK, abbreviations=False)
     add = command.add_argument
     add("recipe", metavar="RECIPE", help="a YAML file; its keys are options too")
     add("--quick", action="store_true", help="read only the headers of pictures; estimate lengths")
@@ -85,13 +91,19 @@ def add_check_data(commands: Any) -> argparse.ArgumentParser:
     add("--show", type=not_negative, default=20, metavar="N", help="bad samples to print (default 20)")
     add("--out", metavar="FILE", help="write all bad samples to a .csv file")
     add_options(command)
-    command.set_defaults(run=check)
     return command
 
 
 def add_prepare(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command = _command(commands, "prepare", "encode the pictures of a recipe's data, once", PREPARE)
+    command = add_command(
+        commands,
+        "prepare",
+        prepare,
+        "encode the pictures of a recipe's data, once",
+        PREPARE,
+        abbreviations=False,
+    )
     add = command.add_argument
     add("recipe", metavar="RECIPE", help="a YAML file; its keys are options too")
     add("out", metavar="OUT", help="folder of the codes")
@@ -100,30 +112,24 @@ def add_prepare(commands: Any) -> argparse.ArgumentParser:
     add("--device", type=a_device, help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--processes", type=positive, metavar="N", help="stop unless N processes were started")
     add_options(command)
-    command.set_defaults(run=prepare)
     return command
 
 
 def add_export(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command = _command(commands, "export", "make a model folder of a training checkpoint", EXPORT)
+    command = add_command(
+        commands,
+        "export",
+        export,
+        "make a model folder of a training checkpoint",
+        EXPORT,
+        abbreviations=False,
+    )
     add = command.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's")
     add("out", metavar="OUT", help="a new folder")
     add("--base", metavar="MODEL", help="the model that was trained (default: what the checkpoint says)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: every tensor keeps its own")
-    command.set_defaults(run=export)
-    return command
-
-
-def _command(commands: Any, name: str, line: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=line,
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a run of days must not hang on a guess at --max-step
-    )
     return command
 
 

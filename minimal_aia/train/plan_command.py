@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from minimal_aia.console import not_negative, number, positive
+from minimal_aia.console import add_command, not_negative, number, positive
 from minimal_aia.train.layout import GPUS, MFU, SHARDINGS, Layout
 from minimal_aia.train.recipe import add_options, recipe_of
 
@@ -37,13 +37,8 @@ LENGTHS = {
 
 def add_plan(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the sub-parsers of `minimal-aia`."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        "plan",
-        help="memory and time of a training run, before it is started",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    summary = "memory and time of a training run, before it is started"
+    command = add_command(commands, "plan", run, summary, HELP, abbreviations=False)
     add = command.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a YAML file, see recipes/")
     add("--accelerate", metavar="FILE", help="take processes and sharding from this accelerate configuration")
@@ -57,7 +52,6 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print everything as JSON: bytes and seconds")
     add("--table", action="store_true", help="print the Markdown table of recipes/README.md (no RECIPE)")
     add_options(command)
-    command.set_defaults(run=run)
     return command
 
 
