@@ -103,8 +103,11 @@ def fault(read: Callable[[Any], Any], of: Any) -> str:
 @pytest.mark.parametrize("name", READERS)
 def test_the_right_content_is_read_with_a_bom_and_windows_newlines_too(name, tmp_path):
     right, read = READERS[name]
-    (tmp_path / name).write_bytes(wrong_files.BOM + right.replace("\n", "\r\n").encode())
-    read(tmp_path / name)
+    found = []
+    for content in (right.encode(), wrong_files.BOM + right.replace("\n", "\r\n").encode()):
+        (tmp_path / name).write_bytes(content)
+        found.append(repr(read(tmp_path / name)))
+    assert found[0] == found[1]
 
 
 @given(st.text(st.sampled_from("0123456789-, al²٣"), max_size=12))
