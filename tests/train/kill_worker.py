@@ -6,6 +6,7 @@ itself: a process that has run a backward pass should not fork. Writes FOLDER/li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -120,8 +121,10 @@ def last_saved(folder: Path) -> int:
 
 def is_saving(folder: Path, since: float) -> bool:
     """Whether files have been written aside since then: an earlier life may have left some, too."""
-    staging = folder / "run" / ck.STAGING
-    return any(path.stat().st_mtime > since for path in staging.glob("checkpoint-*"))
+    with contextlib.suppress(FileNotFoundError):  # whole by now and renamed: that life goes on meanwhile
+        begun = (folder / "run" / ck.STAGING).glob("checkpoint-*")
+        return any(path.stat().st_mtime > since for path in begun)
+    return False
 
 
 def kill_at_random(folder: Path, number: int, chance: random.Random) -> dict[str, Any]:
