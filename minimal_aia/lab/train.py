@@ -4,7 +4,7 @@ Every step sees fresh scenes, 8 a task. The data of step t depends on (seed, tas
 was interrupted goes on with the same data, and models of one seed see the same scenes in the same order.
 
 `--constant-rate` stops without lowering the learning rate: an early checkpoint, for fine-tuning.
-`--aia-weight 40` adds the AIA loss from the first step on.
+`--aia-weight 40` adds the AIA loss from the first step on; `--targets lab-wrong` is its control.
 `--scale small --device cuda` trains models a hundred times as large, ten times as long.
 """
 
@@ -30,7 +30,6 @@ from minimal_aia.lab.muon import Muon
 from minimal_aia.lab.references import lab_targets
 from minimal_aia.lab.sequences import draw_batch
 from minimal_aia.loss import AIALoss, total_loss
-from minimal_aia.targets import StageTargets
 
 TASK_NUMBER = {"generation": 0, "understanding": 1}
 
@@ -47,6 +46,7 @@ class Settings:
     save_every: int = 500
     decay: bool = True  # False: no cosine, the rate stays up to the last step
     aia_weight: float = 0.0  # λ of Eq. 3, from the first step on
+    targets: str = "lab"  # of the AIA loss: a name of `references.lab_targets`
     scale: str = "laptop"  # a key of `models.SCALES`
 
 
@@ -86,16 +86,10 @@ def train(
     parts: dict[str, nn.Module] | None = None,
     device: str = "cpu",
     progress: bool = True,
-    targets: StageTargets | None = None,
 ) -> nn.Module:
-    """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped.
-
-    targets: what the AIA loss aims at; needed when `settings.aia_weight` is above 0.
-    """
+    """Train one model, saving its state every `save_every` steps; a second call goes on where it stopped."""
     settings = settings or Settings()
-    aia = AIALoss(targets) if settings.aia_weight and targets else None
-    if settings.aia_weight and not aia:
-        raise ValueError(f"aia_weight is {settings.aia_weight:g}, but there are no targets")
+    aia = AIALoss(lab_targets(settings.targets)) if settings.aia_weight else None
     model: Any = models.build(name, seed, parts, settings.scale)
     model.to(device).train()
     if models.is_janus(model):
@@ -196,6 +190,9 @@ def main(argv: list[str] | None = None) -> None:
         "--constant-rate", action="store_true", help="keep the learning rate up: an early checkpoint"
     )
     parser.add_argument("--aia-weight", type=number, default=0.0, help="λ; 0 trains without the AIA loss")
+    parser.add_argument(
+        "--targets", default=Settings.targets, help="whose curves AIA aims at: lab, lab-wrong, ..."
+    )
     parser.add_argument("--device", type=a_device, default="cpu", help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.models) - set(models.NAMES)):
@@ -208,10 +205,15 @@ def main(argv: list[str] | None = None) -> None:
         batch=args.batch,
         decay=not args.constant_rate,
         aia_weight=args.aia_weight,
+        targets=args.targets,
         scale=args.scale,
     )
+    if args.aia_weight:
+        try:
+            lab_targets(settings.targets)
+        except ValueError as wrong:
+            parser.error(str(wrong))
     args.out.mkdir(parents=True, exist_ok=True)
-    targets = lab_targets() if args.aia_weight else None
     codebook = images.fit_codebook()
     parts = frozen_parts(args.out / "parts", codebook) if "janus" in args.models else None
     for seed in args.seed:
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             if (out / "training.json").exists():
                 print(f"{out}: already trained")
                 continue
-            train(name, seed, out, codebook, settings, parts, args.device, targets=targets)
+            train(name, seed, out, codebook, settings, parts, args.device)
             print(f"{out}: done")
 
 

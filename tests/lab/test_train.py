@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minimal_aia.lab import finetune, images, models, train
 from minimal_aia.lab.muon import Muon, orthogonalize
+from minimal_aia.lab.references import lab_targets
 from minimal_aia.targets import StageTargets
 from minimal_aia.train.config import TrainConfig
 
@@ -73,6 +74,19 @@ def test_training_learns_and_the_pretrained_parts_stay_frozen(tmp_path):
     log = json.loads((tmp_path / "training.json").read_text())["log"]
     assert log[-1]["generation"] < log[0]["generation"]
     assert log[-1]["understanding"] < log[0]["understanding"]
+
+
+def test_aia_from_the_first_step_pulls_curves_to_the_targets_named(tmp_path):
+    """Each of two runs ends nearer to its own targets than the other does."""
+    away = {}
+    for aimed in ("lab", "lab-constant"):
+        settings = train.Settings(steps=30, batch=4, warmup=2, aia_weight=100.0, targets=aimed)
+        model = train.train("unified", 0, tmp_path / aimed, CODEBOOK, settings, progress=False)
+        for measured in ("lab", "lab-constant"):
+            found = finetune.distance(model, CODEBOOK, lab_targets(measured), count=16)
+            away[aimed, measured] = sum(found.values())
+    assert away["lab", "lab"] < away["lab-constant", "lab"]
+    assert away["lab-constant", "lab-constant"] < away["lab", "lab-constant"]
 
 
 def test_models_of_one_seed_see_the_same_data():
