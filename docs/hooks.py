@@ -20,7 +20,14 @@ COPIED = (
     "data_samples/lab/curves.png",
     "data_samples/results/headline.png",
     "docs/pictures/00_start_here.png",
+    "benchmarks/results/plan_check.json",
 )
+
+
+def recipes() -> list[str]:
+    """Every recipe with its README: paths relative to the repository."""
+    found = (path for path in ROOT.glob("recipes/**/*") if path.is_file())
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
 def notebooks() -> list[str]:
@@ -45,7 +52,7 @@ def on_files(files: Any, config: Any) -> Any:
     pages["course.md"] = course_page(pages["index.md"])
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
-    for name in (*COPIED, *notebooks()):
+    for name in (*COPIED, *recipes(), *notebooks()):
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
