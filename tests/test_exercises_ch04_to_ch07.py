@@ -202,5 +202,11 @@ def test_predictions_are_compared_with_what_was_measured(capsys):
     assert [("✓" in line) for line in lines] == [True, False, True, False, False]
     assert "cannot tell" in lines[3]
     assert lines[4] == "2 of 4 predicted"
-    ch05.compare_predictions({}, differences)
-    assert "no predictions yet" in capsys.readouterr().out
+    ch05.compare_predictions({"d": "cannot tell", "a": ..., "e": "same"}, differences)
+    wrong, d, hits = capsys.readouterr().out.splitlines()
+    assert wrong == "no such arm: e; there are a, b, c, d"
+    assert "✓" in d
+    assert hits == "1 of 2 predicted"
+    for nothing in ({}, {"a": ...}):
+        ch05.compare_predictions(nothing, differences)
+        assert "no predictions yet" in capsys.readouterr().out

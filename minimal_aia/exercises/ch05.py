@@ -85,21 +85,24 @@ def compare_predictions(
 ) -> None:
     """Print your prediction for each arm beside what was measured.
 
-    predictions: arm -> "better", "worse" or "same" (than the baseline).
+    predictions: arm -> "better", "worse", "same" (as the baseline) or "cannot tell"; `...` is not filled in.
     differences: columns arm, difference, low, high of a loss: below zero is better.
     """
     words = {"holds": "better", "cannot tell": "cannot tell"}
+    given = {arm: word for arm, word in predictions.items() if word is not ...}
+    if not given:
+        print("no predictions yet: fill in the dictionary, then run the cell again")
+        return
+    if unknown := given.keys() - set(differences["arm"]):
+        print(f"no such arm: {', '.join(map(str, unknown))}; there are {', '.join(differences['arm'])}")
     hits = 0
     for row in differences.itertuples():
-        if row.arm not in predictions:
+        if row.arm not in given:
             continue
         found = words.get(right_verdict(-row.high, -row.low), "worse")
         if row.low > -margin and row.high < margin and found == "cannot tell":
             found = "same"
-        hit = predictions[row.arm] == found
+        hit = given[row.arm] == found
         hits += hit
-        print(f"{row.arm:32} you: {predictions[row.arm]:7} measured: {found:12} {'✓' if hit else ''}")
-    if not predictions:
-        print("no predictions yet: fill in the dictionary, then run the cell again")
-    else:
-        print(f"{hits} of {len(predictions)} predicted")
+        print(f"{row.arm:32} you: {given[row.arm]!s:11} measured: {found:12} {'✓' if hit else ''}")
+    print(f"{hits} of {len(given)} predicted")
