@@ -80,7 +80,7 @@ def contents(draw: Any, right: str) -> bytes:
 
 @pytest.mark.parametrize("name", READERS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_content_is_read_or_is_one_error_that_names_the_file(name, data, tmp_path):
     right, read = READERS[name]
     path = tmp_path / name

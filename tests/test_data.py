@@ -224,7 +224,7 @@ def test_missing_and_empty_files_and_wrong_options(folder):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
     lambda t: t.strip() and "<image>" not in t
 )
-ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @ONE_FOLDER

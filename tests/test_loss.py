@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minimal_aia.intensity import intensity_from_attention
@@ -63,7 +63,6 @@ def problems(draw):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(problem=problems())
 def test_equals_the_formula_with_any_samples_empty(kind, reduction, problem):
     rows, target, delta = problem

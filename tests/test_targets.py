@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minimal_aia.segments import cut
@@ -83,7 +83,6 @@ def squares(curve, bands):
     return sum(((curve[i : j + 1] - curve[i : j + 1].mean()) ** 2).sum() for i, j in bands)
 
 
-@settings(deadline=None)
 @given(curve=curves, data=st.data())
 def test_cut_is_as_good_as_trying_every_cut(curve, data):
     curve = np.array(curve)
@@ -113,7 +112,6 @@ def test_from_curve_with_stages():
     assert second.delta == 0.03  # its spread, .009, is less than the least δ
 
 
-@settings(deadline=None)
 @given(curve=curves)
 def test_raw_curve_keeps_every_layer(curve):
     target, delta = StageTargets.from_curve(understanding=curve).tensors("understanding", dtype=torch.float64)
@@ -153,7 +151,6 @@ def test_from_profile():
 # ---- rescaling -----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(targets=targets_strategy, n=st.integers(1, 70))
 def test_rescaling_keeps_relative_depth(targets, n):
     scaled = targets.for_layers(n)
@@ -248,7 +245,6 @@ def test_faults_are_named(make, message):
 # ---- files ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(targets=targets_strategy)
 def test_dict_and_yaml_round_trip(targets):
     assert StageTargets.from_dict(targets.to_dict()) == targets

@@ -254,7 +254,7 @@ def test_bad_text_files_are_named(tmp_path):
 @given(
     st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=4), st.sampled_from(["\n", "\r\n"])
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_geneval_lines_keep_number_text_and_content(tmp_path_factory, texts, newline):
     path = tmp_path_factory.mktemp("p") / "m.jsonl"
     entries = [{"prompt": text, "tag": "counting", "include": []} for text in texts]

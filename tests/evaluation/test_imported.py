@@ -49,7 +49,7 @@ def value(table: pd.DataFrame, metric: str, group: str) -> tuple[float, int]:
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=1, max_size=9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_geneval_gives_what_its_summary_prints(tmp_path_factory, correct):
     frame = geneval_frame(correct)
     path = write_geneval(tmp_path_factory.mktemp("g") / "results.jsonl", frame)
@@ -94,7 +94,7 @@ def dpg_text(scores: dict[str, list[float]], model="images") -> str:
         max_size=6,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dpg_gives_the_score_and_the_categories(tmp_path_factory, scores):
     path = tmp_path_factory.mktemp("d") / "results.txt"
     path.write_text(dpg_text({f"some, where/{name}": each for name, each in scores.items()}))
@@ -190,7 +190,7 @@ def test_what_no_scorer_wrote_is_refused_with_file_and_line(tmp_path, name, text
 
 
 @given(st.text(max_size=200), st.sampled_from(["geneval", "dpg", "lmms"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_is_a_table_or_one_clear_error(tmp_path_factory, text, harness):
     path = tmp_path_factory.getbasetemp() / f"any-{harness}"
     path.write_bytes(text.encode("utf-8", "replace"))

@@ -276,7 +276,7 @@ sizes = st.builds(
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(sizes)
 def test_names_and_shapes_are_those_of_the_original_at_any_size(s):
     with torch.device("meta"):
@@ -293,7 +293,7 @@ def test_names_and_shapes_are_those_of_the_original_at_any_size(s):
     assert keys.hf_shapes(again) == keys.hf_shapes(config)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 5),
     st.integers(1, 5),

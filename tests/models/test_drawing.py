@@ -219,7 +219,7 @@ def test_seeds_belong_to_seed_prompt_and_number():
     st.floats(0.05, 5),
     st.integers(0, 12),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pick_inverts_the_cumulative_distribution(logits, uniform, temperature, top_k):
     got = int(pick(torch.tensor([logits]), torch.tensor([uniform], dtype=torch.float64), temperature, top_k))
     x = np.array(logits, dtype=np.float32).astype(float)

@@ -131,7 +131,7 @@ WORDS = st.text(
 ).map(str.strip)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(question=WORDS, answer=WORDS.filter(bool))
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "janus", "emu3", "chameleon"])
 def test_any_words_are_found_again(adapter, pictures, family, question, answer):

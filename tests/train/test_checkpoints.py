@@ -134,7 +134,7 @@ def test_when_all_are_broken_the_run_does_not_start_over(run):
         ck.last_good(run)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_flipped_bit_in_any_file_is_found(tmp_path_factory, data):
     run = tmp_path_factory.mktemp("run")
@@ -145,7 +145,7 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path_factory, data):
     assert ck.problems(folder) == [f"{name} has other bytes than were written (SHA-256 differs)"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 7))
 def test_a_flipped_bit_in_the_manifest_never_makes_a_broken_checkpoint_good(tmp_path_factory, where, bit):
     folder = write(tmp_path_factory.mktemp("run"), 1)

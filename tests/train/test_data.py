@@ -106,7 +106,7 @@ def test_an_epoch_holds_every_sample_once(models, folder, window):
         assert max(counts) - min(counts) <= 1 + (window > 0)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(range(12)), st.integers(0, 4))
 def test_a_number_is_the_same_whenever_it_is_asked_for(models, folder, numbers, window):
     """A resumed run starts anywhere, a worker takes every n-th: nothing depends on what came before."""

@@ -60,7 +60,7 @@ def test_every_micro_batch_holds_its_exact_share(ratio, batch, number):
     assert {t: n for t, n in counts.items() if n} == task_counts(config(ratio, batch), number)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     RATIOS,
     st.sampled_from([(1, 1, 4), (1, 4, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]),
@@ -78,7 +78,7 @@ def test_a_step_is_the_same_on_any_number_of_processes(ratio, shape, unit, step,
         assert [place for part in cut for place in part] == one
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RATIOS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
 def test_length_windows_lose_and_repeat_nothing_and_keep_the_ratio(ratio, batch, acc, world, window, seed):
     c = config(ratio, batch, acc, window, seed)
@@ -104,7 +104,6 @@ def test_a_window_sorts_by_length_and_shuffles_its_steps():
     assert all(high <= low for (_, high), (low, _) in pairwise(bounds))  # steps do not overlap
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 5), st.sampled_from(TASKS))
 def test_every_epoch_holds_every_sample_once_in_its_own_order(n, seed, task):
     order = Order.of(config(seed=seed))

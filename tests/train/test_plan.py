@@ -183,7 +183,7 @@ def needed(config: TrainConfig = SEVEN_B, sharding: str = "fsdp2", world: int = 
     return plan(config, Layout.of(sharding, world)).needed
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     world=st.sampled_from([2, 4, 8, 16]),
     sharding=st.sampled_from(["fsdp2", "zero3"]),

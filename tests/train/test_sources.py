@@ -118,7 +118,7 @@ def test_rows_of_a_caption_table_are_generation(tmp_path):
         open_source(str(tmp_path / "t"), "understanding")[0]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
