@@ -72,10 +72,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 
 
 def course_page(readme: str) -> str:
-    """README's table of chapters, each name a link where there is a notebook."""
+    """README's table of chapters."""
     (section,) = re.findall(r"^## The course\n(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)
-    for name in notebooks():
-        section = section.replace(f"`{Path(name).stem}`", f"[{Path(name).stem}]({name})")
     intro = "The notebooks as they are stored, with their outputs. `make lab` opens them to work in.\n"
     return f"# The course\n\n{intro}{section}"
 
