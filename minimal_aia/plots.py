@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -29,6 +30,9 @@ LINES = {"generation": "-", "understanding": (0, (5, 1.6))}
 MARKERS = {"generation": "o", "understanding": "s"}
 FILLS = ("full", "none", "bottom")  # markers of the first, second, third model of a task
 FIGSIZE = (7.0, 4.0)
+# JupyterLab runs the callbacks of different widgets in different threads; matplotlib's settings and a figure
+# that is being drawn bear one.
+DRAWING = RLock()
 
 
 @contextmanager
@@ -43,8 +47,8 @@ def style() -> Iterator[None]:
     }
     # Not plt.rc_context: it also takes back `interactive`, which Jupyter's backend sets when the first figure
     # is made, and then no later figure of the notebook would be shown.
-    before = {name: plt.rcParams[name] for name in size}
-    with sns.axes_style("whitegrid", {"grid.color": "0.9", "axes.edgecolor": "0.6"}):
+    with DRAWING, sns.axes_style("whitegrid", {"grid.color": "0.9", "axes.edgecolor": "0.6"}):
+        before = {name: plt.rcParams[name] for name in size}
         plt.rcParams.update(size)
         try:
             yield

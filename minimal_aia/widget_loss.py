@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from minimal_aia import plots
 from minimal_aia.loss import Kind, aia_loss
 from minimal_aia.targets import StageTargets
-from minimal_aia.widget_static import display_with_copy
+from minimal_aia.widget_static import display_with_copy, one_at_a_time
 
 KINDS: tuple[Kind, ...] = ("huber", "l2", "l1")
 LOOKS = {"huber": ("#2b2b2b", "-", 2.4), "l2": ("#4c9f70", "--", 1.6), "l1": ("#b07aa1", ":", 1.8)}
@@ -67,6 +67,7 @@ class _LossWidget(W.VBox):
             control.observe(lambda _: self.redraw(), "value")
         self.redraw()
 
+    @one_at_a_time
     def redraw(self) -> None:
         self.figure.clear()
         with plots.style():
@@ -114,7 +115,7 @@ class PenaltyWidget(_LossWidget):
             ax.axvspan(max(t - d, 0), min(t + d, 1), color="0.85", alpha=0.6, lw=0, zorder=0)
             ax.axvline(t, color="0.5", lw=1)
             ax.set(xlabel="intensity I", title=title, xlim=(0, 1))
-        (top,) = penalty(np.array([max(t, 1 - t)]), t, d, "huber")[0]
+        (top,) = penalty(np.array([max(t, 1 - t)]), 0.0, d, "huber")[0]  # as far from T as it gets
         left.set_ylim(0, max(weight, 1e-9) * max(1.6 * top, 0.02))  # L1 leaves the picture: the others matter
         limit = max(weight, 1e-9) * max(1.0, d) * 1.1
         right.set_ylim(-limit, limit)

@@ -10,6 +10,7 @@ import ipywidgets as W
 import numpy as np
 
 from minimal_aia.targets import PRESETS, TASKS, Stage, StageTargets
+from minimal_aia.widget_static import one_at_a_time
 
 MAX_ROWS = 8  # a raw curve has a stage a layer: too many sliders for anybody
 CUTS = (3, 5)
@@ -58,6 +59,7 @@ class StageEditor(W.VBox):
         self._build()
         self._on_change(False)
 
+    @one_at_a_time
     def _replace(self, _: Any) -> None:
         self.message.value = ""
         n_layers, choice = self.targets.n_layers, self.preset.value
@@ -76,6 +78,7 @@ class StageEditor(W.VBox):
         else:
             self.set_targets(StageTargets.paper(choice, n_layers))
 
+    @one_at_a_time
     def _build(self) -> None:
         """Sliders for the stages of the task in hand."""
         if self._quiet:
@@ -125,6 +128,7 @@ class StageEditor(W.VBox):
             style={"description_width": "18px"},
         )
 
+    @one_at_a_time
     def _dragged(self, change: Any) -> None:
         if self._quiet:
             return

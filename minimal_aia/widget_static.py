@@ -1,9 +1,15 @@
-"""A widget and, below it, a picture of it: what a saved notebook shows when its kernel is gone."""
+"""What all widgets share: a picture below each, for when its kernel is gone; and one change at a time."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from minimal_aia.plots import DRAWING
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 # For JupyterLab. While the widget lives, its copy is hidden. Without its kernel, an "Error displaying widget"
 # would stand above the copy. This output itself is nothing to look at.
@@ -12,6 +18,17 @@ STYLE = """<style class="aia-static">
 .jp-OutputArea-child:has(> .jp-OutputArea-output.jupyter-widgets):has(+ * + * .aia-static),
 .jp-OutputArea-child:has(.aia-static) {display: none}
 </style>"""
+
+
+def one_at_a_time(method: Callable[P, R]) -> Callable[P, R]:
+    """For what changes or draws a widget: a call from another thread waits, then sees the latest values."""
+
+    @wraps(method)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with DRAWING:
+            return method(*args, **kwargs)
+
+    return waiting
 
 
 def display_with_copy(widget: Any, png: bytes, name: str, hint: str) -> None:

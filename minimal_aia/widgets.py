@@ -23,7 +23,7 @@ from minimal_aia.profile_table import IntensityProfile
 from minimal_aia.targets import StageTargets
 from minimal_aia.widget_figure import LiveFigure
 from minimal_aia.widget_stages import StageEditor
-from minimal_aia.widget_static import display_with_copy
+from minimal_aia.widget_static import display_with_copy, one_at_a_time
 
 ALL_TYPES = "all types"
 # ipywidgets puts the label of toggle buttons above them; every other label stands to the left.
@@ -192,6 +192,7 @@ class Explorer(W.VBox):
         layout = {"width": "auto", "margin": "2px 12px"}
         return W.Checkbox(True, description=description, tooltip=tip, indent=False, layout=layout)
 
+    @one_at_a_time
     def _list_models(self) -> None:
         listed = [m for kind, models in self._kinds.items() if kind in self.kind.value for m in models]
         keep = tuple(m for m in self.models.value if m in listed)
@@ -247,6 +248,7 @@ class Explorer(W.VBox):
     def _stage_tasks(self) -> list[str]:
         return [task for task in self.tasks if self.boxes.value and getattr(self.targets, task)]
 
+    @one_at_a_time
     def _redraw(self) -> None:
         self._shown = self._intensities()
         if self.view.value == "heads":
@@ -259,6 +261,7 @@ class Explorer(W.VBox):
             )
         self._show_losses()
 
+    @one_at_a_time
     def _stages_changed(self, dragged: bool) -> None:
         if self.view.value == "heads":
             return self._show_losses()
@@ -277,6 +280,7 @@ class Explorer(W.VBox):
         head = f"AIA loss (Eq. 2) against the stages “{escape(self.targets.name)}”"
         self.loss.value = f"{head}<table>{''.join(rows)}</table>" if rows else f"{head}: no curve has stages"
 
+    @one_at_a_time
     def _export(self, button: W.Button) -> None:
         path = Path(f"{self.name.value.strip() or 'aia_explore'}.{button.description.lower()}")
         try:

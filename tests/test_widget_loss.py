@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import time
 from io import BytesIO
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from minimal_aia.loss import AIALoss
 from minimal_aia.targets import Stage, StageTargets
-from minimal_aia.widget_loss import explore_penalty, explore_pull, penalty, pull
+from minimal_aia.widget_loss import PenaltyWidget, explore_penalty, explore_pull, penalty, pull
 
 TARGETS = StageTargets(
     generation=(Stage(0, 1, 0.4, 0.2), Stage(2, 3, 0.2, 0.05)),
@@ -98,3 +100,33 @@ def test_a_static_copy_stands_below_the_widget(monkeypatch):
     assert shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
     assert base64.b64decode(shown[1]["image/png"]) == widget.image.value
     assert picture(widget).std() > 5  # a drawing, not an empty page
+
+
+def test_callbacks_from_two_threads_draw_one_after_the_other(monkeypatch):
+    """JupyterLab sends the messages of different controls to different threads of the kernel."""
+    at_work, most, draw = 0, 0, PenaltyWidget._draw
+
+    def slow(self, *args):
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        time.sleep(0.05)
+        at_work -= 1
+        return draw(self, *args)
+
+    monkeypatch.setattr(PenaltyWidget, "_draw", slow)
+    widget = explore_penalty(0.1, 0.4, 0.1, 40)
+    moves = [(widget.controls["I"], 0.5), (widget.controls["δ"], 0.3)]
+    threads = [Thread(target=setattr, args=(control, "value", value)) for control, value in moves]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert widget.image.value == explore_penalty(0.5, 0.4, 0.3, 40).image.value
+
+
+def test_the_layer_stands_in_the_picture_of_the_penalty():
+    widget = explore_penalty(0.1, 0.4, 0.1, 40)
+    assert 40 * penalty(0.1, 0.4, 0.1, "huber")[0] < widget.figure.axes[0].get_ylim()[1]
+    assert 40 * penalty(0.1, 0.4, 0.1, "l2")[0] < widget.figure.axes[0].get_ylim()[1]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import os
 import sys
+import time
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,7 @@ import minimal_aia as aia
 from minimal_aia.loss import AIALoss, aia_loss
 from minimal_aia.profiles import IntensityProfile
 from minimal_aia.targets import Stage, StageTargets
+from minimal_aia.widget_figure import LiveFigure
 from minimal_aia.widgets import Explorer, explore
 
 
@@ -346,3 +349,26 @@ def test_published_curves_alone_start_from_table_s5():
     assert explorer.kind.options == ("published",)
     explorer.view.value = "heads"  # says that heads are unknown instead of failing
     assert explorer.image.value
+
+
+def test_callbacks_from_two_threads_draw_one_after_the_other(monkeypatch, explorer):
+    """JupyterLab sends the messages of different controls to different threads of the kernel."""
+    at_work, most, draw = 0, 0, LiveFigure._finish
+
+    def slow(self, *args):
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        time.sleep(0.05)
+        at_work -= 1
+        return draw(self, *args)
+
+    monkeypatch.setattr(LiveFigure, "_finish", slow)
+    moves = [(explorer.view, "heads"), (explorer.band, False), (explorer.stages.heights[0], 0.9)]
+    threads = [Thread(target=setattr, args=(control, "value", value)) for control, value in moves]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert explorer.targets.generation[0].target == 0.9
