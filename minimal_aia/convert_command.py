@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         done = convert(args.source, args.out, args.config, args.shard_size)
     files = done.files[0] if len(done.files) == 1 else f"{len(done.files)} files"
-    print(f"wrote {done.out}: {done.n_tensors} tensors, {done.n_bytes / 1e9:.2f} GB in {files}")
+    print(f"wrote {done.out}: {done.n_tensors} tensors, {done.n_bytes / 1e9:.3g} GB in {files}")
     for note in done.notes:
         print(f"note: {note}")
     return 0

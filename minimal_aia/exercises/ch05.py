@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from scipy.stats import t
 
@@ -81,7 +83,7 @@ check_seeds_needed = checker("ch05", "seeds_needed", CASES)
 
 
 def compare_predictions(
-    predictions: dict[str, str], differences: pd.DataFrame, margin: float = 0.005
+    predictions: dict[str, Any], differences: pd.DataFrame, margin: float = 0.005
 ) -> None:
     """Print your prediction for each arm beside what was measured.
 

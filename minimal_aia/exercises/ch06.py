@@ -52,6 +52,7 @@ def _matrices() -> list[Case]:
             (right / heads, "every head has a matrix"),
             (2 * right, "bf16 is 2 bytes a number"),
             (right / 2, "a causal mask zeroes half of the matrix but does not make it smaller"),
+            (right * GIB / 1e9, "GiB are 2**30 bytes"),
         ]
         hint = "layers · heads · length² · batch numbers of 2 bytes"
         inputs = {"layers": layers, "heads": heads, "length": length, "batch": batch}

@@ -195,7 +195,7 @@ def export(args: argparse.Namespace) -> int:
     from minimal_aia.train.export import export
 
     done = export(args.checkpoint, args.out, args.base, args.dtype)
-    print(f"wrote {done.out}: {done.n_tensors} tensors, {done.n_bytes / 1e9:.2f} GB ({done.kind} checkpoint)")
+    print(f"wrote {done.out}: {done.n_tensors} tensors, {done.n_bytes / 1e9:.3g} GB ({done.kind} checkpoint)")
     for note in done.notes:
         print(f"note: {note}")
     return 0

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING
 from minimal_aia.train.activations import Rows
 from minimal_aia.train.config import TrainConfig, task_counts
 from minimal_aia.train.layout import GIB, MFU, Gpu, Layout, find_gpu
-from minimal_aia.train.memory import compared, moments, on_disk, total
+from minimal_aia.train.memory import AUTHORS, compared, moments, on_disk, total
 from minimal_aia.train.shapes import Shape, Weights, count_weights, read_shape
 from minimal_aia.train.work import Work, work_of
 
@@ -201,6 +201,9 @@ def micro_batches(shape: Shape, config: TrainConfig, lengths: Lengths) -> list[d
 def notes(shape: Shape, config: TrainConfig, layout: Layout, exact: bool) -> list[str]:
     """What a reader should know about this plan in particular."""
     found = []
+    if shape.family == "janus" and not shape.is_lab:
+        padded = " and ".join(f"{AUTHORS[task]} ({task})" for task in config.shares())
+        found.append(f'"not done here" pads to at least {padded} tokens, as the authors\' code does')
     if not config.max_length and not exact:
         found.append("max_length is not set: a longer sample takes more memory than this")
     if layout.sharded and not config.bf16:
