@@ -9,7 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from minimal_aia.plots import DRAWING
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # For JupyterLab. While the widget lives, its copy is hidden. Without its kernel, an "Error displaying widget"
 # would stand above the copy. This output itself is nothing to look at.

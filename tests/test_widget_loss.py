@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
-from threading import Thread
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import pytest
@@ -104,25 +105,19 @@ def test_a_static_copy_stands_below_the_widget(monkeypatch):
 
 def test_callbacks_from_two_threads_draw_one_after_the_other(monkeypatch):
     """JupyterLab sends the messages of different controls to different threads of the kernel."""
-    at_work, most, draw = 0, 0, PenaltyWidget._draw
+    draw, meeting, met = PenaltyWidget._draw, Barrier(2), []
 
-    def slow(self, *args):
-        nonlocal at_work, most
-        at_work += 1
-        most = max(most, at_work)
-        time.sleep(0.05)
-        at_work -= 1
-        return draw(self, *args)
+    def waiting(self):
+        with suppress(BrokenBarrierError):
+            met.append(meeting.wait(1))
+        return draw(self)
 
-    monkeypatch.setattr(PenaltyWidget, "_draw", slow)
+    monkeypatch.setattr(PenaltyWidget, "_draw", waiting)
     widget = explore_penalty(0.1, 0.4, 0.1, 40)
     moves = [(widget.controls["I"], 0.5), (widget.controls["δ"], 0.3)]
-    threads = [Thread(target=setattr, args=(control, "value", value)) for control, value in moves]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda move: setattr(move[0], "value", move[1]), moves))  # raises what they raise
+    assert not met
     assert widget.image.value == explore_penalty(0.5, 0.4, 0.3, 40).image.value
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import pandas as pd
@@ -353,22 +354,15 @@ def test_published_curves_alone_start_from_table_s5():
 
 def test_callbacks_from_two_threads_draw_one_after_the_other(monkeypatch, explorer):
     """JupyterLab sends the messages of different controls to different threads of the kernel."""
-    at_work, most, draw = 0, 0, LiveFigure._finish
+    draw, meeting, met = LiveFigure._finish, Barrier(2), []
 
-    def slow(self, *args):
-        nonlocal at_work, most
-        at_work += 1
-        most = max(most, at_work)
-        time.sleep(0.05)
-        at_work -= 1
-        return draw(self, *args)
+    def waiting(self):
+        with suppress(BrokenBarrierError):
+            met.append(meeting.wait(1))
+        return draw(self)
 
-    monkeypatch.setattr(LiveFigure, "_finish", slow)
-    moves = [(explorer.view, "heads"), (explorer.band, False), (explorer.stages.heights[0], 0.9)]
-    threads = [Thread(target=setattr, args=(control, "value", value)) for control, value in moves]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
-    assert explorer.targets.generation[0].target == 0.9
+    monkeypatch.setattr(LiveFigure, "_finish", waiting)
+    moves = [(explorer.axis, "depth"), (explorer.band, False)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda move: setattr(move[0], "value", move[1]), moves))  # raises what they raise
+    assert not met
