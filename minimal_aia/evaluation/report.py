@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from minimal_aia import plots, stats
 from minimal_aia.evaluation import lab_benchmark, scores

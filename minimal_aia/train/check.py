@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from minimal_aia.data import Sample
 from minimal_aia.models.base import Adapter, Batch
