@@ -121,5 +121,10 @@ def finetune(
         optimizer.zero_grad()
         log.append(row)
         if step % PROBE_EVERY == 0:
-            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "step"})
+            bar.set_postfix_str(
+                ", ".join(
+                    f"{kind} {'/'.join(f'{row[name]:.3f}' for name in row if name.startswith(kind))}"
+                    for kind in ("ntp", "distance")
+                )
+            )
     return model.eval(), codebook, log
