@@ -190,7 +190,9 @@ def test_nbval_agrees_with_what_was_stored(tmp_path):
         "print('loss', 0.5 + time.time() % 1 * 1e-4, 1e-9 * time.time())\n"
         "print(f'{(time.time() % 1 - 1) * 1e-4:.2f}')"
     )
-    cells, tags = [noisy, "0.25", "import time; time.time()", "'not shown';"], {2: ["nbval-ignore-output"]}
+    bar = "from tqdm.notebook import tqdm\nfor _ in tqdm(range(3)): pass"
+    cells = [noisy, "0.25", "import time; time.time()", "'not shown';", bar]
+    tags = {2: ["nbval-ignore-output"]}
     same = write(tmp_path / "same.ipynb", *cells, tags=tags)
     changed = write(tmp_path / "changed.ipynb", *cells, tags=tags)
     assert main(["--write", str(same), str(changed)]) == 0
@@ -212,8 +214,10 @@ def test_nbval_agrees_with_what_was_stored(tmp_path):
         "PASSED changed.ipynb::Cell 0",
         "PASSED changed.ipynb::Cell 2",
         "PASSED changed.ipynb::Cell 3",
+        "PASSED changed.ipynb::Cell 4",
         "PASSED same.ipynb::Cell 0",
         "PASSED same.ipynb::Cell 1",
         "PASSED same.ipynb::Cell 2",
         "PASSED same.ipynb::Cell 3",
+        "PASSED same.ipynb::Cell 4",
     ], done.stdout

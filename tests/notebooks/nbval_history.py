@@ -1,7 +1,7 @@
 """A pytest plugin for `make nbval`: cells run and compare as the course stored them.
 
-nbval sends cells without history. IPython looks there for a closing `;`, does not find the cell, and shows the
-value that Jupyter (and the stored notebook) does not show. And a progress bar that is a widget knows no
+nbval sends cells without history. IPython looks there for a closing `;`, does not find the cell, and shows
+the value that Jupyter (and the stored notebook) does not show. And a progress bar that is a widget knows no
 TQDM_DISABLE; the course stores none, so none is compared.
 """
 
