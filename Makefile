@@ -31,7 +31,7 @@ STRICT = $(filter-out $(LAX_LIST),$(NOTEBOOKS))
 # minimal_aia/course.py, which stored the outputs.
 NBVAL = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -n 2 --dist loadfile \
-	-p tests.notebooks.nbval_history --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/notebooks/sanitize.cfg
+	-p tests.notebooks.like_the_course --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with=tests/notebooks/sanitize.cfg
 
 # Jupyter refuses to run as root (containers, CI) unless it is told that this is meant.
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -201,7 +201,7 @@ def test_nbval_agrees_with_what_was_stored(tmp_path):
     nbformat.write(notebook, changed)
 
     command = (
-        f"-m pytest -rA -p no:cacheprovider -p tests.notebooks.nbval_history --rootdir {tmp_path} --nbval"
+        f"-m pytest -rA -p no:cacheprovider -p tests.notebooks.like_the_course --rootdir {tmp_path} --nbval"
     )
     settings = ["--nbval-current-env", f"--nbval-sanitize-with={SANITIZE}", same, changed]
     done = subprocess.run(
