@@ -211,6 +211,13 @@ def fused_fallback(q, k, v, key_mask):
     return out[..., :-1], out[..., -1]
 
 
+def fused_twice(q, k, v, key_mask):
+    indicator = key_mask[:, None, :, None].to(v).expand(v.shape).contiguous()
+    calls = (F.scaled_dot_product_attention(q, k, values, is_causal=True) for values in (v, indicator))
+    out, mass = calls
+    return out, mass[..., 0]
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "said"),
     [
@@ -253,6 +260,7 @@ def fused_fallback(q, k, v, key_mask):
         ("attention_and_mass", fused_detached, "no gradient arrives"),
         ("attention_and_mass", fused_mass_detached, "must reach q, k and v"),
         ("attention_and_mass", fused_fallback, "silently builds the matrix"),
+        ("attention_and_mass", fused_twice, "one call is enough"),
     ],
 )
 def test_a_mistake_is_named_and_shown(name, wrong, said, capsys):

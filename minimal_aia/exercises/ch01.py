@@ -287,6 +287,7 @@ def _without_matrix() -> list[Case]:
             inputs,
             "no matrix",
             "PyTorch's fused CPU kernel wants q, k and v equally wide; else it silently builds the matrix",
+            [("no matrix, 2 attention calls", "one call is enough: append the indicator columns to v")],
             run=matrices,
         ),
     ]

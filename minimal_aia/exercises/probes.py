@@ -27,14 +27,16 @@ def gradients(function: Callable, inputs: dict[str, Any], names: list[str]) -> t
 
 
 class _Shapes(TorchDispatchMode):
-    """The shapes of all floating-point tensors that operations return while it is active."""
+    """While it is active: the shapes of all floating-point tensors that operations return; fused calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[tuple[int, ...]] = set()
+        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.calls += "scaled_dot_product" in str(func)
         for part in out if isinstance(out, tuple | list) else [out]:
             if isinstance(part, Tensor) and part.is_floating_point():
                 self.seen.add(tuple(part.shape))
@@ -42,9 +44,10 @@ class _Shapes(TorchDispatchMode):
 
 
 def matrices(function: Callable, inputs: dict[str, Any]) -> str | None:
-    """Shapes `[..., S, S]` that came up while a function of `q [B, H, S, D]` ran."""
+    """Shapes `[..., S, S]` that came up while a function of `q [B, H, S, D]` ran, or its calls if several."""
     length = inputs["q"].shape[2]
     with _Shapes() as shapes:
         if function(**inputs) is None:
             return None
-    return ", ".join(sorted(str(list(s)) for s in shapes.seen if s[-2:] == (length, length))) or "no matrix"
+    found = ", ".join(sorted(str(list(s)) for s in shapes.seen if s[-2:] == (length, length)))
+    return found or (f"no matrix, {shapes.calls} attention calls" if shapes.calls > 1 else "no matrix")
