@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from pathlib import Path
@@ -58,7 +59,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Links between notebooks lead to their pages; a chapter that is not there loses the link."""
+    """Links between notebooks lead to their pages; a chapter that is not there loses the link.
+
+    On an API page, what only Sphinx reads and a `name: text` outside Args (it becomes a box without the name)
+    are warnings, so that `make docs` fails.
+    """
 
     def link(match: re.Match[str]) -> str:
         target = os.path.normpath(os.path.join(os.path.dirname(page.file.src_uri), match["file"]))
@@ -66,6 +71,9 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
             return match["text"]
         return f'<a href="{match["file"].removesuffix(".ipynb")}.html">{match["text"]}</a>'
 
+    if page.file.src_uri.startswith("api/"):
+        for stray in re.findall(r'<details class="\w+"|:(?:class|func|meth|mod):<', html):
+            logging.getLogger("mkdocs.hooks").warning("%s: docstring leaves %s", page.file.src_uri, stray)
     if not page.file.src_uri.endswith(".ipynb"):
         return html
     return re.sub(r'<a href="(?P<file>[./\w]+\.ipynb)"[^>]*>(?P<text>.*?)</a>', link, html)

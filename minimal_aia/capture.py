@@ -51,6 +51,7 @@ def capture(
         query_mask: bool `[B, S]` over the whole sequence that the text decoder sees, True on the query tokens
             (generation: image tokens; understanding: answer tokens).
         key_mask: bool `[B, S]`, True on the key tokens (generation: the prompt; understanding: the image).
+            Keys that stand after all queries are out of a causal model's sight: intensity 0, and no gradient.
         attention_mask: `[B, S]`, 1 on real tokens, to check the spans against. The mask that the decoder
             itself receives is checked too, except inside a compiled graph.
         layers: record only these layer indices (0-based); the others run the stock attention.

@@ -1,6 +1,6 @@
 """Samples: read and validate the JSON-lines files that say which images and texts a model sees.
 
-One JSON object a line, in the layout of LLaVA and of the AIA paper's released code::
+One JSON object a line, in the layout of LLaVA and of the AIA paper's released code:
 
     {"image": "images/dog.png", "type": "open", "source": "photo",
      "conversations": [{"from": "human", "value": "<image>\\nWhat animal is this?"},
@@ -83,7 +83,7 @@ def read_samples(
 
     Args:
         path: the file; UTF-8, Unix or Windows newlines, blank lines ignored.
-        on_error: ``"raise"`` raises one :class:`SampleError` with every bad line; ``"skip"`` leaves bad
+        on_error: ``"raise"`` raises one `SampleError` with every bad line; ``"skip"`` leaves bad
             lines out and counts them in ``n_skipped``.
         decode_images: decode every image once, which finds truncated ones. With ``False`` only the header
             is read: quick, for data sets too large to decode twice.

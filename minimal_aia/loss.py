@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -82,13 +82,13 @@ def _penalty(x: Tensor, delta: Tensor, kind: str) -> Tensor:
 
 
 class AIALoss(nn.Module):
-    """:func:`aia_loss` against the stages of a task.
+    """`aia_loss` against the stages of a task.
 
     Args:
         targets: for as many layers as the model has (``StageTargets.for_layers`` makes them fit).
-        kind, reduction: as in :func:`aia_loss`.
+        kind, reduction: as in `aia_loss`.
 
-    Example:
+    Examples:
         >>> loss = AIALoss(StageTargets.paper("janus-pro"))
         >>> loss(torch.full((30, 4), 0.4), task="generation")  # only the last five layers aim at 0.2
         tensor(0.0015)
@@ -96,6 +96,11 @@ class AIALoss(nn.Module):
 
     def __init__(self, targets: StageTargets, kind: Kind = "huber", reduction: Reduction = "per-sample"):
         super().__init__()
+        if not isinstance(targets, StageTargets):
+            raise ValueError(f"targets {targets!r}: give StageTargets, StageTargets.paper('janus-pro') say")
+        for name, value, choices in (("kind", kind, Kind), ("reduction", reduction, Reduction)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} {value!r}: choose from {', '.join(get_args(choices))}")
         self.targets, self.kind, self.reduction = targets, kind, reduction
 
     def forward(self, intensity: Tensor, task: str) -> Tensor:

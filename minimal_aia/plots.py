@@ -82,11 +82,12 @@ def plot_curves(
 ) -> Axes:
     """Layer curves of everything given.
 
-    sources: IntensityProfiles, published frames, or lists of these. Curves without a spread (published ones)
-        are drawn thin and without markers.
-    targets: StageTargets, drawn as boxes T ± δ over each stage's layers.
-    band: ±1 standard deviation over samples. uniform: the flat-attention baseline, dotted.
-    axis: "layer" or "depth"; by default "layer" unless the models differ in their number of layers.
+    Args:
+        sources: IntensityProfiles, published frames, or lists of these. Curves without a spread (published
+            ones) are drawn thin and without markers.
+        targets: StageTargets, drawn as boxes T ± δ over each stage's layers.
+        band: ±1 standard deviation over samples. uniform: the flat-attention baseline, dotted.
+        axis: "layer" or "depth"; by default "layer" unless the models differ in their number of layers.
     """
     curves = as_curves(list(sources))
     if axis is None:

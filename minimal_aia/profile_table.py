@@ -36,9 +36,10 @@ def check_suffix(path: str | Path) -> Path:
 class IntensityProfile:
     """Cross-modal intensity (Eq. 1) of one model and one task over samples.
 
-    table: one row a layer, head and sample; columns `COLUMNS`. `value` is the mean over the sample's queries;
-        `uniform` is what it would be under flat attention (repeated on each row of a sample).
-    skipped: sample id -> why it was left out (known right after measuring; not stored by `save`).
+    Attributes:
+        table: one row a layer, head and sample; columns `COLUMNS`. `value` is the mean over the sample's
+            queries; `uniform` is what it would be under flat attention (repeated on each row of a sample).
+        skipped: sample id -> why it was left out (known right after measuring; not stored by `save`).
     """
 
     table: pd.DataFrame
@@ -198,10 +199,12 @@ class IntensityProfile:
     ) -> pd.DataFrame:
         """Mean |difference| over layers to a target, one row.
 
-        target: StageTargets (its T_l of this task), another profile, a published frame with one curve of this
-            task, or an array [L']; resampled by relative depth when layer counts differ.
-        seeds: profiles of the same model from other seeds: `seed_spread` is their mean pairwise distance. A
-            distance below it is no evidence of anything.
+        Args:
+            target: StageTargets (its T_l of this task), another profile, a published frame with one curve of
+                this task, or an array [L']; resampled by relative depth when layer counts differ.
+            seeds: profiles of the same model from other seeds: `seed_spread` is their mean pairwise
+                distance. A distance below it is no evidence of anything.
+
         Columns: target, distance, low, high (bootstrap over samples), uniform (the flat baseline's distance),
         within_delta (share of layers inside T ± δ; nan without δ), seed_spread, n_seeds.
         """

@@ -75,6 +75,10 @@ def profile(
     usable sample, or a part file of another run.
     """
     out = None if out is None else check_suffix(out)
+    if not hasattr(adapter, "tasks"):
+        raise ValueError(f"adapter is a {type(adapter).__name__}: give what load_adapter returns")
+    if isinstance(samples, (str, Path)):
+        raise ValueError(f"samples is the name {str(samples)!r}: give what read_samples returns for it")
     if task not in adapter.tasks:
         raise ValueError(f"{adapter.name} does {' and '.join(adapter.tasks)}, not {task!r}")
     if batch_size < 1:

@@ -145,6 +145,8 @@ class Record:
 def check_spans(query_mask: Tensor, key_mask: Tensor, attention_mask: Tensor | None) -> None:
     """Raise ValueError unless the spans are two bool `[B, S]` masks that cover no padding."""
     for name, mask in (("query_mask", query_mask), ("key_mask", key_mask)):
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"{name} must be a bool tensor [B, S], got a {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != query_mask.shape:
             raise ValueError(
                 f"{name} must be bool [B, S] like query_mask {list(query_mask.shape)}, "

@@ -159,7 +159,7 @@ def _basis(x: Array) -> Array:
 def beyond_chance(samples: Array, factors: Array) -> float:
     """Share of the variance between samples that `factors` explain, 0 where chance would explain as much.
 
-    The adjusted R² over all layers together. samples [N, L]; factors [N, p], as in :func:`explained`.
+    The adjusted R² over all layers together. samples [N, L]; factors [N, p], as in `explained`.
     """
     found = explained(samples, factors, n_perm=1)
     chance = found["df"] / (len(samples) - 1)
@@ -167,7 +167,7 @@ def beyond_chance(samples: Array, factors: Array) -> float:
 
 
 def jackknife(samples: Array, factors: Array) -> tuple[float, float, float]:
-    """:func:`beyond_chance` with its 95 % interval over samples, by leaving out one at a time."""
+    """`beyond_chance` with its 95 % interval over samples, by leaving out one at a time."""
     from scipy.stats import t
 
     n, estimate = len(samples), beyond_chance(samples, factors)

@@ -78,7 +78,8 @@ class StageTargets:
     """Stages of one or both tasks, without gaps or overlaps, from layer 0 to the last.
 
     Attributes:
-        generation, understanding: stages in order; a task may be empty, not both.
+        generation: stages in order; empty for no targets, but not in both tasks.
+        understanding: the same.
         name: where they come from, for plots and files.
 
     Raises:
@@ -117,7 +118,7 @@ class StageTargets:
     @classmethod
     def paper(cls, name: str, n_layers: int | None = None) -> StageTargets:
         """The printed stages: "emu3" (Table S4, 32 layers), "janus-pro" (Table S5, 30), or "authors-code"
-        (30, as in the released training code of Janus-Pro). `n_layers`: rescale by :meth:`for_layers`."""
+        (30, as in the released training code of Janus-Pro). `n_layers`: rescale by `for_layers`."""
         if name not in PRESETS:
             raise ValueError(f"no stages named {name!r}; choose from {', '.join(PRESETS)}")
         stages = {task: tuple(Stage(*row) for row in rows) for task, rows in PRESETS[name].items()}
@@ -179,7 +180,7 @@ class StageTargets:
 
         Every profile has a `table` (or is one) with columns task, model, layer, sample and value. The mean
         over heads, then over samples, is the curve; empty samples (nan) are left out. `n_stages=None` keeps
-        the raw curve; the other arguments are those of :meth:`from_curve`.
+        the raw curve; the other arguments are those of `from_curve`.
         """
         found: dict[str, list[tuple[str, np.ndarray]]] = {task: [] for task in TASKS}
         for profile in profiles:
@@ -264,6 +265,7 @@ class StageTargets:
 
     @classmethod
     def from_dict(cls, data: Any) -> StageTargets:
+        """The inverse of `to_dict`."""
         if not isinstance(data, dict) or not set(data) <= {"name", *TASKS}:
             raise ValueError("stage targets are a mapping with the keys name, generation, understanding")
         stages = {}
@@ -279,16 +281,19 @@ class StageTargets:
         return cls(**stages, name=str(data.get("name", "")))
 
     def to_yaml(self) -> str:
+        """What `save` writes."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def from_yaml(cls, text: str) -> StageTargets:
+        """Read what `to_yaml` gives."""
         try:
             return cls.from_dict(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
 
     def save(self, path: str | Path) -> None:
+        """Write a YAML file; `targets:` in a recipe takes its path."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
     @classmethod

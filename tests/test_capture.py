@@ -240,6 +240,7 @@ def masks(shape=(2, 14), dtype=torch.bool) -> Tensor:
     ("queries", "keys", "attention_mask", "message"),
     [
         (masks(dtype=torch.long), masks(), None, r"query_mask must be bool \[B, S\].* got torch.int64"),
+        (masks().numpy(), masks(), None, r"query_mask must be a bool tensor \[B, S\], got a ndarray"),
         (masks((14,)), masks((14,)), None, r"query_mask must be bool \[B, S\]"),
         (masks(), masks((2, 13)), None, r"key_mask must be bool .*\[2, 14\], got torch.bool \[2, 13\]"),
         (masks(), masks(), masks((2, 12)), r"attention_mask is \[2, 12\], but the spans are \[2, 14\]"),

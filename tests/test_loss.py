@@ -208,6 +208,12 @@ def test_wrong_input_is_named():
         aia_loss(*good, kind="mse")
     with pytest.raises(ValueError, match="choose per-sample, batch-mean or authors-code"):
         aia_loss(*good, reduction="mean")
+    with pytest.raises(ValueError, match="kind 'hubr': choose from huber, l1, l2"):
+        AIALoss(StageTargets.constant(3, 0.2), kind="hubr")
+    with pytest.raises(ValueError, match="reduction 'mean': choose from per-sample"):
+        AIALoss(StageTargets.constant(3, 0.2), reduction="mean")
+    with pytest.raises(ValueError, match=r"targets 'janus-pro': give StageTargets"):
+        AIALoss("janus-pro")
 
 
 def test_an_empty_sample_gives_no_nan_gradient_through_eq_1():

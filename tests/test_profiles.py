@@ -171,6 +171,10 @@ def test_bad_requests_are_refused_before_any_forward(picture, tmp_path):
         profile(adapter, understanding(picture, 1), "understanding", out=tmp_path / "x.txt", progress=False)
     with pytest.raises(ValueError, match="batch_size is 0"):
         profile(adapter, understanding(picture, 1), "understanding", batch_size=0, progress=False)
+    with pytest.raises(ValueError, match="adapter is a str: give what load_adapter returns"):
+        profile("lab/unified", generation(2), "generation", progress=False)
+    with pytest.raises(ValueError, match=r"samples is the name 'x\.jsonl': give what read_samples returns"):
+        profile(adapter, "x.jsonl", "understanding", progress=False)
     assert adapter.n_forward == 0
 
 

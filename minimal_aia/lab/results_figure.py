@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from minimal_aia import plots
-from minimal_aia.console import start
+from minimal_aia.console import Parser, start
 from minimal_aia.lab.references import lab_targets, reference_curve
 from minimal_aia.lab.sweep_report import per_run
 from minimal_aia.paths import DATA
@@ -73,7 +73,9 @@ def _losses(ax: plt.Axes, values: pd.DataFrame) -> None:
     ax.set_title("better ←    → worse", fontsize=10)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m minimal_aia.lab.results_figure", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
     curves, metrics = (pd.read_csv(RESULTS / f"{name}.csv") for name in ("curves", "metrics"))
     figure(curves, metrics).savefig(RESULTS / "headline.png", dpi=130)
     print("headline.png")

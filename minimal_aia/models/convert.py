@@ -77,12 +77,13 @@ def convert(
 ) -> Conversion:
     """Write an original checkpoint as a Hugging Face folder.
 
-    source: DeepSeek's folder, or a file with the state dict (.pth, .safetensors; top level or under `ema`,
-        `module` or `state_dict`).
-    out: a new folder.
-    config: Hugging Face folder or config.json with the sizes; required if the source has no configuration,
-        and believed before the source's own. A folder's processor is copied along.
-    shard_bytes: size of a weight file.
+    Args:
+        source: DeepSeek's folder, or a file with the state dict (.pth, .safetensors; top level or under
+            `ema`, `module` or `state_dict`).
+        out: a new folder.
+        config: Hugging Face folder or config.json with the sizes; required if the source has no
+            configuration, and believed before the source's own. A folder's processor is copied along.
+        shard_bytes: size of a weight file.
 
     Every tensor keeps its precision. Raises ValueError listing every missing, extra or mis-shaped tensor; for
     a pickle that would run code; for a configuration that Hugging Face's class cannot express. OSError for
@@ -138,12 +139,13 @@ def convert_back(
 ) -> Conversion:
     """Write a Hugging Face folder in the original layout.
 
-    source: a folder of `JanusForConditionalGeneration` weights, made by `convert`, by training, or from the
-        hub.
-    out: a new folder (safetensors, config.json, processor files), or a new .pth file (a bare state dict).
-    leftovers: where the tensors are that only the original has, if not in `source`: a folder made by
-        `convert`, or an original checkpoint of the same model. Without them DeepSeek's code works, but strict
-        loading does not.
+    Args:
+        source: a folder of `JanusForConditionalGeneration` weights, made by `convert`, by training, or from
+            the hub.
+        out: a new folder (safetensors, config.json, processor files), or a new .pth file (a bare state dict).
+        leftovers: where the tensors are that only the original has, if not in `source`: a folder made by
+            `convert`, or an original checkpoint of the same model. Without them DeepSeek's code works, but
+            strict loading does not.
 
     Raises as `convert` does.
     """

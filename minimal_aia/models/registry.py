@@ -134,19 +134,26 @@ def load_adapter(
 ) -> Adapter:
     """Load a model and return its adapter.
 
-    name_or_path: "lab/unified", "lab/janus", "lab/mot", "lab/generation", "lab/understanding"; else a folder
-        that training a lab model wrote, a folder in Hugging Face layout, or a hub id.
-    family: a name from `FAMILIES`; by default read from the folder's config. "decoder" takes any decoder-only
-        vision-language model of transformers, given `image_token_id=`.
-    device, dtype: where and in what precision (default: the GPU if there is one; the checkpoint's own dtype).
-    device_map: passed to transformers, to spread a model over several devices (needs accelerate).
-    load_in_4bit: quantise the weights while loading (needs bitsandbytes and a GPU).
-    trust_remote_code: required, from you, for families whose code lives beside their weights.
-    options: passed to the family's adapter (see its docstring).
+    Args:
+        name_or_path: "lab/unified", "lab/janus", "lab/mot", "lab/generation", "lab/understanding"; else a
+            folder that training a lab model wrote, a folder in Hugging Face layout, or a hub id.
+        family: a name from `FAMILIES`; by default read from the folder's config. "decoder" takes any
+            decoder-only vision-language model of transformers, given `image_token_id=`.
+        device, dtype: where and in what precision (default: the GPU if there is one; the checkpoint's own
+            dtype).
+        device_map: passed to transformers, to spread a model over several devices (needs accelerate).
+        load_in_4bit: quantise the weights while loading (needs bitsandbytes and a GPU).
+        trust_remote_code: required, from you, for families whose code lives beside their weights.
+        options: passed to the family's adapter (see its docstring).
 
     Raises AdapterError, naming the remedy: no such folder, no weights in it, a family that does not fit, a
     missing package, too little memory, remote code without consent.
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise AdapterError(
+            f"load_adapter takes a name or a folder, not a {type(name_or_path).__name__}; a model that you "
+            "have loaded goes to minimal_aia.capture"
+        )
     name = str(name_or_path)
     if isinstance(dtype, str):
         import torch

@@ -138,6 +138,10 @@ def test_wrong_family(checkpoint):
     error(lambda: load_adapter(checkpoint("janus"), family="llama"), "unknown family 'llama'", "janus, emu3")
 
 
+def test_a_loaded_model_is_no_name():
+    error(lambda: load_adapter(torch.nn.Linear(2, 2)), "not a Linear", "minimal_aia.capture")
+
+
 @pytest.mark.parametrize(
     ("model_type", "hint"),
     [("multi_modality", "minimal-aia convert"), ("Emu3", "Emu3-Chat-hf"), ("mystery", "family='decoder'")],
