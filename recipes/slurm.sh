@@ -24,6 +24,10 @@ if [ $# -lt 2 ]; then
     echo "usage: sbatch --nodes N recipes/slurm.sh ACCELERATE.yaml RECIPE.yaml [--key value ...]" >&2
     exit 2
 fi
+if [ -z "${SLURM_JOB_NUM_NODES:-}" ]; then
+    echo "recipes/slurm.sh: this is no Slurm job: start it with sbatch --nodes N recipes/slurm.sh $*" >&2
+    exit 2
+fi
 launch=$1
 recipe=$2
 shift 2

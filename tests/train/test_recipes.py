@@ -340,6 +340,9 @@ def test_the_slurm_script_is_bash_and_can_be_run():
     done = subprocess.run(["bash", RECIPES / "slurm.sh", "one"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage" in done.stderr
+    done = subprocess.run(["bash", RECIPES / "slurm.sh", "one", "two"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no Slurm job: start it with sbatch --nodes N recipes/slurm.sh one two" in done.stderr
 
 
 def test_slurm_starts_one_launcher_a_node_and_ends_with_it(slurm, tmp_path, monkeypatch):
