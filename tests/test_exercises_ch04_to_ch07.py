@@ -149,6 +149,11 @@ def summed(losses, aia_weight):
     return sum(ntp + aia_weight * aia for ntp, aia, _ in losses.values())
 
 
+def by_sign(distance):
+    fell = {last < first for first, last in distance.values()}
+    return {(True,): "with", (False,): "wrong targets"}.get(tuple(fell), "without")
+
+
 def at_full_peak(weights, tokens, gpus, peak, mfu):
     return hours(weights, tokens, gpus, peak, 1)
 
@@ -169,7 +174,7 @@ WRONG = [
     (ch04, "step_loss", summed, "sum over tasks"),
     (ch04, "step_loss", lambda losses, aia_weight: step_loss(losses, 1.0), "λ is missing"),
     (ch04, "paired_interval", unpaired, "unpaired groups"),
-    (ch04, "name_run", lambda distance: "without", "hint"),
+    (ch04, "name_run", by_sign, "about the same"),
     (ch05, "verdict", lambda low, high, margin: verdict(low, high, 0), "hint"),
     (ch05, "false_alarms", lambda n_arms: 1 - 0.95**n_arms, "only one side"),
     (ch06, "training_state", lambda trained, frozen, gpus: 16 * (trained + frozen) / gpus / 2**30, "moments"),
