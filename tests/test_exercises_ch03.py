@@ -126,6 +126,7 @@ WRONG = [  # name, answer, checks that pass before it fails, what is said
         "each other",
     ),
     ("cut_curve", lambda curve, n_stages: [(0, len(curve) - 1)], 0, "not 2 bands of a layer or more"),
+    ("cut_curve", lambda curve, n_stages: [0, 3], 0, "no list of (first layer, last layer)"),
     (
         "cut_curve",
         lambda curve, n_stages: [(0, 1), (1, len(curve) - 1)],

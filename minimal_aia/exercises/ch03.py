@@ -124,7 +124,10 @@ def _cut_and_judged(function: Callable, inputs: dict[str, Any]) -> Any:
     bands = function(**inputs)
     if bands is None or bands is ...:
         return None
-    bands = [(int(first), int(last)) for first, last in bands]
+    try:
+        bands = [(int(first), int(last)) for first, last in bands]
+    except (TypeError, ValueError):
+        return f"{bands}: no list of (first layer, last layer)"
     curve, n = inputs["curve"], inputs["n_stages"]
     if [layer for first, last in bands for layer in range(first, last + 1)] != list(range(len(curve))):
         return f"{bands}: not each layer 0..{len(curve) - 1} once, in order"
