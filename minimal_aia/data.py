@@ -22,6 +22,14 @@ from typing import Any, Literal
 from minimal_aia.pictures import Check, Picture, PictureBytes, PictureError, check_picture, find_picture
 
 IMAGE = "<image>"
+# of gzip, zip, zstd, bz2 and xz
+COMPRESSED = (
+    b"\x1f\x8b",
+    b"PK\x03\x04",
+    b"\x28\xb5\x2f\xfd",
+    b"BZh",
+    b"\xfd7zXZ",
+)
 GENERATION, UNDERSTANDING = "generation", "understanding"
 
 
@@ -122,7 +130,7 @@ def read_samples(
         lines = "\n  ".join(problems)
         raise SampleError(
             f"{path}: {len(problems)} bad of {len(problems) + len(samples)} samples"
-            f" (fix them, or read with on_error='skip'):\n  {lines}",
+            f" (fix them, or skip them: on_error='skip', in the shell --skip-bad):\n  {lines}",
             tuple(problems),
         )
     if not samples and not problems:
@@ -157,8 +165,25 @@ def _entries(path: Path) -> list[tuple[int, Any]]:
         except _Bad as bad:
             raise SampleError(f"{path}: {bad}", (f"{path.name}: {bad}",)) from None
         return list(enumerate(items, 1))
+    if reason := _no_lines(raw):
+        raise SampleError(f"{path}: {reason}", (f"{path.name}: {reason}",))
     # Only "\n" ends a line: splitlines() would also cut at U+2028 and others, which may stand inside a text.
     return [(i, line) for i, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
+
+
+def _no_lines(raw: bytes) -> str:
+    """Why the file as a whole is none of JSON lines, which saves an error for each of its lines; or ""."""
+    if raw.startswith(COMPRESSED):
+        return "is compressed; unpack it first"
+    if b"\0" in raw[:16]:
+        return "is no text in UTF-8 (a picture, UTF-16?); a sample file has one JSON object a line"
+    if raw.lstrip().startswith(b"["):
+        try:
+            if isinstance(json.loads(raw), list):
+                return "holds one JSON list, not an object a line; name it .json"
+        except (ValueError, RecursionError):  # bad lines, one of which happens to be the first
+            pass
+    return ""
 
 
 def _parse(entry: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -67,6 +68,9 @@ def make(folder: Path) -> Path:
     lines("target.jsonl", target)
     lines("both.jsonl", GENERATION, UNDERSTANDING)
     lines("row.jsonl", target, {"conversations": []})
+    where("packed.jsonl").write_bytes(gzip.compress(b"{}\n"))
+    where("utf16.jsonl").write_bytes(json.dumps(target).encode("utf-16"))
+    lines("list.jsonl", "[", json.dumps(target), "]")
     lines("torn.jsonl", target, '{"image": ')
     lines("lost-picture.jsonl", {**target, "image": "lost.png"})
     lines("broken-picture.jsonl", {**target, "image": "broken.png"})

@@ -54,8 +54,10 @@ def config_file(name: str) -> Path:
         raise AdapterError(
             f"{name}: the folder has neither model_index.json nor config.json; is it a checkpoint?"
         )
+    if folder.is_file():
+        raise AdapterError(f"{name}: no such folder, it is a file; give the folder that it lies in")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise AdapterError(f"{name}: no such folder (a hub model is written owner/model)")
+        raise AdapterError(f"{name}: no such folder (hub models are owner/model, the course's are lab/NAME)")
     from huggingface_hub import hf_hub_download
 
     reason: Exception | None = None
