@@ -139,6 +139,11 @@ def parse_recipe(text: str, name: str = "recipe") -> dict[str, Any]:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{name}:{root.start_mark.line + 1}: a recipe is lines of `key: value`")
+    keys = {str(node.value) for node, _ in root.value}
+    if "distributed_type" in keys:
+        raise ValueError(f"{name}: is for `accelerate launch --config_file`, not a training recipe")
+    if "arms" in keys:
+        raise ValueError(f"{name}: is a sweep, not a training recipe: minimal-aia sweep {name}")
     values: dict[str, Any] = {}
     faults = []
     for node, value in root.value:
