@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from minimal_aia.models.convert_keys import require_fit
@@ -171,7 +172,10 @@ def _lora(adapter: Any, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Te
 
 def _from_pretrained(adapter: Any, folder: Path) -> dict[str, Tensor]:
     """A folder with a configuration: transformers knows how its names on disk differ from the model's."""
-    model, info = type(adapter.model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    try:
+        model, info = type(adapter.model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: a weight file is damaged ({error}); get it again") from error
     wrong = [
         f"{kind}: {name}" for kind in ("missing", "unexpected", "mismatched") for name in info[f"{kind}_keys"]
     ]
