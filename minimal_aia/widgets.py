@@ -251,6 +251,8 @@ class Explorer(W.VBox):
     @one_at_a_time
     def _redraw(self) -> None:
         self._shown = self._intensities()
+        for control in (self.axis, self.band, self.uniform, self.boxes):
+            control.disabled = self.view.value == "heads"  # which shows none of them
         if self.view.value == "heads":
             self.image.value = self._figure.draw_heads(self._chosen_profiles()[:2], self._type)
         else:

@@ -205,6 +205,14 @@ def test_every_choice_changes_the_picture(control, value, explorer):
     assert (before != after).any()
 
 
+def test_what_the_heads_view_does_not_show_cannot_be_chosen_there(explorer):
+    controls = (explorer.axis, explorer.band, explorer.uniform, explorer.boxes)
+    explorer.view.value = "heads"
+    assert all(control.disabled for control in controls)
+    explorer.view.value = "curves"
+    assert not any(control.disabled for control in controls)
+
+
 def test_heads_show_the_chosen_profile_and_type(explorer):
     explorer.view.value = "heads"
     explorer.type.value = "short"
