@@ -69,6 +69,9 @@ def add_lab(kinds: Any) -> argparse.ArgumentParser:
 def run_lab(args: argparse.Namespace) -> int:
     if args.out:
         check_table(args.out)
+    for model in args.models:
+        if args.models.count(model) > 1:
+            raise ValueError(f"{model} is given twice: it would count as two models in the table")
     import pandas as pd
     from tqdm import tqdm
 
