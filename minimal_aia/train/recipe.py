@@ -184,7 +184,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for field in fields(TrainConfig):
         kind = types()[field.name][0]
         choices = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
-        default = "none" if field.default is None else field.default
+        default = "none" if field.default in (None, "") else field.default
         options: dict[str, Any] = {
             "dest": field.name,
             "type": partial(_argument, field.name),
