@@ -201,7 +201,8 @@ def test_help_lists_every_key_with_its_default(capsys):
     for field in fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in shown
         assert len(field.metadata["help"]) > 3
-    assert "(default: 40.0)" in shown and "(default: )" not in shown
+    assert "(default: 40.0)" in shown
+    assert "(default: )" not in shown
 
 
 # ---- schedules -----------------------------------------------------------------------------------------
