@@ -58,17 +58,27 @@ def config_file(name: str) -> Path:
         raise AdapterError(f"{name}: no such folder, it is a file; give the folder that it lies in")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise AdapterError(f"{name}: no such folder (hub models are owner/model, the course's are lab/NAME)")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    for file in names:
+        cached = try_to_load_from_cache(name, file)  # first, for it needs no network
+        if isinstance(cached, str):
+            return Path(cached)
     reason: Exception | None = None
     for file in names:
         try:
             return Path(hf_hub_download(name, file))
-        except Exception as error:  # the hub's many ways to say no: not found, gated, offline
+        except LocalEntryNotFoundError as error:  # half a minute of trying: the other file would take as long
+            raise AdapterError(
+                f"{name}: no such folder here, not downloaded before, and the hub cannot be reached; "
+                "check the spelling and the connection, or download the weights first"
+            ) from error
+        except Exception as error:  # the hub's many ways to say no: not found, gated
             reason = error
     raise AdapterError(
         f"{name}: no such folder here, and the hub gave no config ({type(reason).__name__}); "
-        "check the spelling, download the weights first, or log in if the model is gated"
+        "check the spelling, or log in if the model is gated"
     ) from reason
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 
+import huggingface_hub
 import psutil
 import pytest
 import torch
 from checkpoints import MAKERS
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from minimal_aia.data import Sample
 from minimal_aia.models import FAMILIES, AdapterError, load_adapter, loading, support_table
+from minimal_aia.models.loading import config_file
 from minimal_aia.profiles import profile
 
 
@@ -77,7 +80,37 @@ def error(call, *parts: str) -> None:
 
 def test_no_such_folder(tmp_path):
     error(lambda: load_adapter(tmp_path / "nothing"), "nothing: no such folder")
-    error(lambda: load_adapter("owner/model-nobody-made"), "no such folder here, and the hub gave no config")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def unreachable(name, file):
+        asked.append(file)
+        raise LocalEntryNotFoundError("no connection, and nothing in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    error(lambda: load_adapter("owner/model-nobody-made"), "no such folder here", "cannot be reached")
+    assert asked == ["model_index.json"]
+
+
+def test_a_hub_that_says_no(monkeypatch):
+    def not_found(name, file):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_found)
+    error(lambda: load_adapter("owner/model-nobody-made"), "the hub gave no config", "check the spelling")
+
+
+def test_a_config_in_the_cache_needs_no_network(monkeypatch, checkpoint):
+    folder = checkpoint("janus")
+
+    def cached(name, file):
+        return str(folder / file) if (folder / file).is_file() else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
+    assert config_file("owner/model") == folder / "config.json"
 
 
 def test_folder_without_config(tmp_path):
