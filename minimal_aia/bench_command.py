@@ -25,7 +25,7 @@ TARGETS = [  # what, target, how to read it from the files
     ("the same, peak memory", "≤ 1.05", ("training_step", "memory_over_sft", "aia")),
     ("attention matrices kept (eager) over plain SFT, time", "", ("training_step", "time_over_sft", "eager")),
     ("the same, peak memory", "", ("training_step", "memory_over_sft", "eager")),
-    ("growth of its memory with length, exponent", "1", ("attention_lengths", "aia_memory_exponent")),
+    ("growth of AIA's memory with length, exponent", "1", ("attention_lengths", "aia_memory_exponent")),
     ("profiling over decoding token by token, processor time", "≥ 50", ("profile_speed", "ratio", "cpu_s")),
     ("`import minimal_aia` beyond `import torch`, seconds", "≤ 0.3", ("import_time", "added_cpu_s")),
 ]  # fmt: skip

@@ -55,6 +55,17 @@ def own_targets(n_stages=5, n_layers=30):
     return StageTargets(**stages)
 
 
+def by_backward(intensity, target, delta):
+    intensity.requires_grad_()
+    huber_loss(intensity, target, delta).backward()
+    return intensity.grad
+
+
+def by_grad(intensity, target, delta):
+    leaf = intensity.clone().requires_grad_()
+    return torch.autograd.grad(huber_loss(leaf, target, delta), leaf)[0]
+
+
 RIGHT = {f.__name__: f for f in (huber_loss, huber_gradient, score_gradient, cut_curve, own_targets)}
 
 
@@ -117,6 +128,8 @@ WRONG = [  # name, answer, checks that pass before it fails, what is said
     ("huber_gradient", lambda **x: huber_gradient(**x) * x["intensity"].numel(), 3, "1 / (L·B) is missing"),
     ("huber_gradient", lambda **x: -huber_gradient(**x), 0, "the sign is turned"),
     ("huber_gradient", lambda **x: huber_gradient(**x).abs(), 0, "the sign is turned"),
+    ("huber_gradient", by_backward, 0, "no autograd here"),
+    ("huber_gradient", by_grad, 0, "no autograd here"),
     ("huber_gradient", lambda **x: huber_gradient(**x).sum(1), 0, "expected shape [1, 1], got [1]"),
     ("score_gradient", lambda scores, marked: scores.softmax(-1) * marked, 0, "keeps their sum at 1"),
     (
