@@ -17,8 +17,8 @@ def _training_state() -> list[Case]:
     cases = []
     for name, trained, frozen, gpus in (
         ("1 billion, one GPU", 1.0e9, 0.0, 1),
-        ("7 billion on 8 GPUs, 0.4 of them frozen", 7.0e9, 0.4e9, 8),
-        ("7 billion on 64 GPUs, 0.4 of them frozen", 7.0e9, 0.4e9, 64),
+        ("7 billion trained and 0.4 frozen, 8 GPUs", 7.0e9, 0.4e9, 8),
+        ("7 billion trained and 0.4 frozen, 64 GPUs", 7.0e9, 0.4e9, 64),
     ):
         right = (16 * trained + 4 * frozen) / gpus / GIB
         mistakes = [
