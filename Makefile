@@ -57,7 +57,7 @@ doctor: $(STAMP)  ## say what this machine has and lacks
 bench: $(STAMP)  ## measure cost beside the alternatives (a quarter of an hour), print the table
 	$(BIN)/minimal-aia bench $(ARGS)
 
-test: lint types unit nbval  ## everything CI runs: lint, types, unit tests, notebooks
+test: lint types unit nbval  ## what must pass before a pull request: lint, types, unit tests, notebooks
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def aia_loss(
             f" {tuple(intensity.shape)}, {tuple(target.shape)}, {tuple(delta.shape)}"
         )
     dtype = torch.float64 if intensity.dtype == torch.float64 else torch.float32
-    intensity = intensity.to(dtype)  # bf16 has three digits: too few for a difference of intensities
+    intensity = intensity.to(dtype)  # bf16 has two to three digits: too few for a difference of intensities
     target, delta = (t.to(intensity)[:, None] for t in (target, delta))  # [L, 1]
 
     used = ~intensity.isnan().all(dim=0)  # [B]

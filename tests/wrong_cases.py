@@ -59,7 +59,8 @@ class Case(NamedTuple):
         return re.sub(r"[^\w./=:-]+", "-", f"{self.command}-{self.kind}-{' '.join(self.argv)}")[:110]
 
 
-SCRIPTS = ("course", "lab.train", "evaluation.interleaved")  # python -m minimal_aia.NAME
+# python -m minimal_aia.NAME
+SCRIPTS = ("course", "lab.train", "lab.results_figure", "evaluation.interleaved")
 
 SHORT = {
     "PROFILE": "--model lab/unified --task generation --samples",

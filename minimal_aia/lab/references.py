@@ -1,8 +1,9 @@
 """What the AIA loss aims at in the lab: the curves of the task-specific models, measured once, kept as data.
 
 `data_samples/lab/reference_curves.csv` holds the held-out curves of every seed of every lab model, under each
-definition of the spans and in each sample format: made by `python -m minimal_aia.lab.references`.
-The targets are cut from the mean over the seeds of a task-specific model: one lucky seed is no target.
+definition of the spans that training knows and in each sample format: made by
+`python -m minimal_aia.lab.references`. The targets are cut from the mean over the seeds of a task-specific model:
+one lucky seed is no target.
 """
 
 from __future__ import annotations
