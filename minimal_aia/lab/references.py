@@ -2,8 +2,8 @@
 
 `data_samples/lab/reference_curves.csv` holds the held-out curves of every seed of every lab model, under each
 definition of the spans that training knows and in each sample format: made by
-`python -m minimal_aia.lab.references`. The targets are cut from the mean over the seeds of a task-specific model:
-one lucky seed is no target.
+`python -m minimal_aia.lab.references`. The targets are cut from the mean over the seeds of a task-specific
+model: one lucky seed is no target.
 """
 
 from __future__ import annotations
