@@ -83,8 +83,9 @@ test-eval: $(EVAL_STAMP)  ## run our plug-in inside lmms-eval's evaluator (not p
 test-zero3: $(ZERO3_STAMP)  ## train under DeepSpeed's ZeRO-3 on CPUs (not part of `make test`)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/distributed/test_zero3.py tests/train/test_export.py $(ARGS)
 
+# Not --quiet: that drops the warnings which --strict counts.
 docs: $(DOCS_STAMP)  ## build site/: the API, the command line and the notebooks as they are stored; any warning fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # Built from the last commit: the tree of somebody at work holds more than belongs in a release.
 dist: $(DOCS_STAMP)  ## build wheel and sdist of the last commit in dist/, and use the wheel outside the clone
