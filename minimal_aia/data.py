@@ -179,9 +179,9 @@ def _no_lines(raw: bytes) -> str:
         return "is no text in UTF-8 (a picture, UTF-16?); a sample file has one JSON object a line"
     if raw.lstrip().startswith(b"["):
         try:
-            if isinstance(json.loads(raw), list):
+            if isinstance(_parse(raw), list):
                 return "holds one JSON list, not an object a line; name it .json"
-        except (ValueError, RecursionError):  # bad lines, one of which happens to be the first
+        except _Bad:  # bad lines, one of which happens to be the first
             pass
     return ""
 

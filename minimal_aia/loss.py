@@ -42,6 +42,7 @@ def aia_loss(
     Raises:
         ValueError: shapes that do not fit, or an unknown kind or reduction.
     """
+    _check_names(kind, reduction)
     if intensity.ndim == 1:
         intensity = intensity[:, None]
     n_layers = intensity.shape[0]
@@ -61,11 +62,7 @@ def aia_loss(
     if reduction == "batch-mean":
         mean = (intensity - target).sum(dim=1, keepdim=True) / n_used  # [L, 1] of x; empty ones add zero
         return _penalty(mean, delta, kind).mean()
-    n_samples: Tensor | int = n_used
-    if reduction == "authors-code":
-        n_samples = max(intensity.shape[1], 1)
-    elif reduction != "per-sample":
-        raise ValueError(f"reduction {reduction!r}: choose per-sample, batch-mean or authors-code")
+    n_samples = max(intensity.shape[1], 1) if reduction == "authors-code" else n_used
     return _penalty(intensity - target, delta, kind).sum() / (n_layers * n_samples)
 
 
@@ -74,11 +71,13 @@ def _penalty(x: Tensor, delta: Tensor, kind: str) -> Tensor:
     if kind == "huber":
         size = x.abs()
         return torch.where(size <= delta, 0.5 * x * x, delta * (size - 0.5 * delta))
-    if kind == "l1":
-        return x.abs()
-    if kind == "l2":
-        return 0.5 * x * x
-    raise ValueError(f"kind {kind!r}: choose huber, l1 or l2")
+    return x.abs() if kind == "l1" else 0.5 * x * x
+
+
+def _check_names(kind: str, reduction: str) -> None:
+    for name, value, choices in (("kind", kind, Kind), ("reduction", reduction, Reduction)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name} {value!r}: choose from {', '.join(get_args(choices))}")
 
 
 class AIALoss(nn.Module):
@@ -98,9 +97,7 @@ class AIALoss(nn.Module):
         super().__init__()
         if not isinstance(targets, StageTargets):
             raise ValueError(f"targets {targets!r}: give StageTargets, StageTargets.paper('janus-pro') say")
-        for name, value, choices in (("kind", kind, Kind), ("reduction", reduction, Reduction)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} {value!r}: choose from {', '.join(get_args(choices))}")
+        _check_names(kind, reduction)
         self.targets, self.kind, self.reduction = targets, kind, reduction
 
     def forward(self, intensity: Tensor, task: str) -> Tensor:

@@ -204,9 +204,9 @@ def test_wrong_input_is_named():
     for bad in [(torch.rand(4, 2), *good[1:]), (torch.rand(3, 2, 1), *good[1:]), (*good[:2], torch.rand(1))]:
         with pytest.raises(ValueError, match=r"expected intensity \[L\] or \[L, B\]"):
             aia_loss(*bad)
-    with pytest.raises(ValueError, match="choose huber, l1 or l2"):
+    with pytest.raises(ValueError, match="choose from huber, l1, l2"):
         aia_loss(*good, kind="mse")
-    with pytest.raises(ValueError, match="choose per-sample, batch-mean or authors-code"):
+    with pytest.raises(ValueError, match="choose from per-sample, batch-mean, authors-code"):
         aia_loss(*good, reduction="mean")
     with pytest.raises(ValueError, match="kind 'hubr': choose from huber, l1, l2"):
         AIALoss(StageTargets.constant(3, 0.2), kind="hubr")
